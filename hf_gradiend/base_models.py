@@ -1,0 +1,205 @@
+"""Loading a base model with its tokenizer, and what the rest of the package needs to know of it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from hf_gradiend.errors import BaseModelError
+
+Objective = Literal["masked", "causal"]
+
+
+def load_base_model(  # noqa: PLR0913 - the arguments of transformers' own loaders
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    objective: Objective | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a masked or causal language model with its head, and its tokenizer.
+
+    Args:
+        name_or_path: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        gguf_file: Name of a GGUF file in that place; its weights are dequantised.
+        objective: Which head to load; `None` takes the one that the model was saved with.
+        dtype: Type of the weights. float32 by default: an edit is often smaller than the spacing of
+            bfloat16 numbers.
+        device: Where to put the model; `None` leaves it on the CPU.
+        token: Token for a private repository.
+        trust_remote_code: Run the repository's own Python code.
+
+    Returns:
+        The model in evaluation mode, and a fast tokenizer with a padding token.
+
+    Raises:
+        BaseModelError: If there is no such model, it has no language-model head, its tokenizer is
+            not a fast one, or its weights are not numbers.
+    """
+    place = os.fspath(name_or_path)
+    arguments = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        config = AutoConfig.from_pretrained(place, **arguments, **gguf)
+        objective = objective or _saved_objective(config)
+        loader = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(place, **arguments, **gguf)
+        model = loader.from_pretrained(
+            place, dtype=dtype, **arguments, **gguf, **_dequantized(gguf_file)
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, BaseModelError):
+            raise
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        hint = "" if Path(place).exists() else " There is no such folder here either."
+        raise BaseModelError(
+            f"Expected the Hub id or folder of a masked or causal language model, but {place!r} "
+            f"could not be loaded: {first_line}{hint}"
+        ) from error
+    check_tokenizer(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    model = model.eval()
+    if device is not None:
+        model = model.to(device)  # pyright: ignore[reportArgumentType] - torch.device is accepted
+    check_base_model(model)
+    return model, tokenizer
+
+
+def objective_of(model: PreTrainedModel) -> Objective:
+    """Whether a model predicts masked tokens or the next one, from its class.
+
+    Raises:
+        BaseModelError: If the model has neither head.
+    """
+    name = type(model).__name__
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM"):
+        # A few classes stand in both lists; only masked models have a bidirectional backbone.
+        if not getattr(model.config, "is_decoder", False):
+            return "masked"
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(
+        ("ForCausalLM", "LMHeadModel")
+    ):
+        return "causal"
+    raise BaseModelError(
+        f"Expected a masked or causal language model with its head, but got {name}. "
+        f"Load it with AutoModelForMaskedLM or AutoModelForCausalLM."
+    )
+
+
+def check_base_model(model: PreTrainedModel) -> None:
+    """Refuse base models whose gradients or weights would be wrong, with the reason.
+
+    Raises:
+        BaseModelError: If the model carries an adapter, is quantised or offloaded, or has weights
+            that are NaN or infinite.
+    """
+    name = type(model).__name__
+    for module_name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise BaseModelError(
+                f"Expected a plain base model, but {name} carries a PEFT adapter at "
+                f"{module_name!r}. Merge it first with merge_and_unload()."
+            )
+    if getattr(model, "is_quantized", False):
+        raise BaseModelError(
+            f"Expected a base model in float32, bfloat16 or float16, but {name} is quantised. "
+            f"Load it without quantization_config."
+        )
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise BaseModelError(
+                f"Expected the whole base model in memory, but {parameter_name!r} of {name} is "
+                f"offloaded. Load it without device_map, or with one that offloads nothing."
+            )
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum())):
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise BaseModelError(
+                    f"Expected finite base-model weights, but {parameter_name!r} of {name} holds NaN "
+                    f"or infinity. The checkpoint is broken."
+                )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tokenizers that cannot say where in the text a token lies, or that hold no words.
+
+    Raises:
+        BaseModelError: If the tokenizer is not a fast one, or knows special tokens alone.
+    """
+    if not tokenizer.is_fast:
+        raise BaseModelError(
+            f"Expected a fast tokenizer, which knows where in the text each token lies, but got "
+            f"{type(tokenizer).__name__}. Convert it with transformers' AutoTokenizer."
+        )
+    # transformers 5 makes an empty tokenizer of the model's type where a folder has none.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise BaseModelError(
+            f"Expected a tokenizer with a vocabulary, but got a {type(tokenizer).__name__} of "
+            f"{len(tokenizer)} special tokens. Are the tokenizer's files missing beside the model? "
+            f"Write them there with tokenizer.save_pretrained()."
+        )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, module by module, and put every module's mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _saved_objective(config: PretrainedConfig) -> Objective:
+    architectures = config.architectures or []
+    for name in architectures:
+        if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM"):
+            return "masked"
+        if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            return "causal"
+    # Saved without a head: models that can be masked ones (BERT) are, the others are causal.
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "masked"
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "causal"
+    raise BaseModelError(
+        f"Expected a masked or causal language model, but {config.model_type!r} "
+        f"({', '.join(architectures) or 'no architecture named'}) has neither head."
+    )
+
+
+def _dequantized(gguf_file: str | None) -> dict[str, object]:
+    if gguf_file is None:
+        return {}
+    try:
+        from transformers import GgufConfig  # noqa: PLC0415 - newer transformers only
+    except ImportError:
+        return {}  # transformers 4 always dequantises
+    # Without it transformers 5 keeps the model marked as quantised and refuses to save it.
+    return {"quantization_config": GgufConfig(dequantize=True)}

@@ -1,0 +1,5 @@
+"""The command line: `hf-gradiend quickstart | train | encode | adapt`."""
+
+from hf_gradiend.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,109 @@
+"""Learn a feature of a base model from a data set, and report what the encoder reads."""
+
+import argparse
+from pathlib import Path
+
+from hf_gradiend.base_models import load_base_model
+from hf_gradiend.cli.common import (
+    display_name,
+    encoder_table,
+    peak_rss_bytes,
+    short_splits,
+    split_of,
+)
+from hf_gradiend.data.loading import load_feature_dataset, load_neutral_texts
+from hf_gradiend.evaluation.report import build_report, read_encoder
+from hf_gradiend.files import writable_folder, write_json
+from hf_gradiend.training.arguments import GradiendTrainingArguments
+from hf_gradiend.training.trainer import GradiendTrainer, training_summary
+
+# Options that go to GradiendTrainingArguments under another or the same name, where given.
+_ARGUMENTS = {
+    "solver": "solver", "parameters": "parameters", "source": "source", "target": "target",
+    "max_train_texts": "max_train_texts", "prune_fraction": "prune_fraction", "top_k": "top_k",
+    "n_seeds": "n_seeds", "warm_start": "warm_start", "max_steps": "max_steps",
+    "num_train_epochs": "num_train_epochs", "learning_rate": "learning_rate",
+    "batch_size": "per_device_train_batch_size", "eval_steps": "eval_steps",
+    "save_steps": "save_steps", "feature_classes": "feature_classes", "max_length": "max_length",
+    "seed": "seed",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--base_model", required=True, help="Hub id or folder")
+    parser.add_argument("--gguf_file", help="name of a GGUF file in it")
+    parser.add_argument("--dataset", required=True, help="feature data set: Hub id, folder or file")
+    parser.add_argument(
+        "--output_dir", required=True, help="folder for the GRADIEND and its report"
+    )
+    parser.add_argument("--solver", choices=["closed_form", "adamw"], default="closed_form")
+    parser.add_argument("--parameters", nargs="+", help="layers, backbone or patterns of names")
+    parser.add_argument("--neutral", help="neutral texts, one a line; default: the package's own")
+    parser.add_argument("--feature_classes", nargs=2, help="class at +1, class at −1")
+    for name in ("source", "target"):
+        parser.add_argument(f"--{name}", choices=["factual", "counterfactual", "diff"])
+    for name, kind in (
+        ("max_train_texts", int), ("prune_fraction", float), ("top_k", float), ("n_seeds", int),
+        ("max_steps", int), ("num_train_epochs", float), ("learning_rate", float),
+        ("batch_size", int), ("eval_steps", int), ("save_steps", int), ("max_length", int),
+        ("seed", int),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument(
+        "--warm_start", action="store_true", help="start adamw from the closed form"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Train, evaluate on the validation and test splits, write the GRADIEND and report.json."""
+    folder = writable_folder(args.output_dir)
+    given = {
+        theirs: getattr(args, ours)
+        for ours, theirs in _ARGUMENTS.items()
+        if getattr(args, ours) not in (None, False)
+    }
+    arguments = GradiendTrainingArguments(output_dir=str(folder), disable_tqdm=args.json, **given)
+    data = load_feature_dataset(args.dataset)
+    neutral = None if args.neutral is None else load_neutral_texts(args.neutral)
+    base_model, tokenizer = load_base_model(args.base_model, gguf_file=args.gguf_file)
+    trainer = GradiendTrainer(
+        base_model=base_model,
+        processing_class=tokenizer,
+        args=arguments,
+        train_dataset=split_of(data, "train"),
+        eval_dataset=data.get("validation"),
+    )
+    trained = trainer.train(resume_from_checkpoint=args.resume or None)
+    splits = {name: data[name] for name in ("validation", "test") if name in data} or {
+        "train": data["train"]
+    }
+    encoder = read_encoder(
+        trainer.model, base_model, tokenizer, splits, neutral_texts=neutral, progress=not args.json
+    )
+    report = build_report(
+        trainer.model,
+        solver=args.solver,
+        encoder=encoder,
+        judged=None,
+        training=training_summary(trained),
+        base_model=display_name(args.base_model),
+    )
+    write_json(folder / "report.json", report)
+    content: dict = report["encoder"]  # pyright: ignore[reportAssignmentType]
+    if not args.json:
+        print(encoder_table(content["splits"]))
+        print(f"Neutral tokens: mean |h| {encoder.neutral.value:.3f} (n = {encoder.neutral.n})")
+        print(f"Wrote {folder} ({trained.n_selected:,} weights, {trained.seconds:.0f} s)")
+    return {
+        "base_model": report["base_model"],
+        "n_selected": trained.n_selected,
+        "solver": args.solver,
+        "encoder": short_splits(content["splits"]),
+        "neutral_mean_absolute": encoder.neutral.value,
+        "convergence": trained.convergence,
+        "seconds": trained.seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "files": sorted(str(file) for file in Path(folder).iterdir()),
+    }

@@ -1,0 +1,1 @@
+"""Feature and neutral data: built-in texts, loading and collation."""

@@ -1,0 +1,1 @@
+"""Judging a GRADIEND: what its encoder reads and what its edit does."""

@@ -1,0 +1,153 @@
+"""How well a model still predicts ordinary text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_gradiend.base_models import Objective, check_tokenizer, evaluation_mode
+from hf_gradiend.data.collation import DEFAULT_MAX_LENGTH
+from hf_gradiend.errors import DataError, NumericalError
+from hf_gradiend.gradients.objectives import head_at_sites
+
+
+@dataclass(frozen=True)
+class _ScoredBatch:
+    input_ids: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    positions: Tensor
+    labels: Tensor
+
+
+class LanguageModelProbe:
+    """Neutral texts, tokenised once, on which any number of models (or edits) are scored.
+
+    Special tokens are never masked and never scored.
+
+    Args:
+        texts: Neutral texts.
+        tokenizer: Tokenizer of the models.
+        objective: `"masked"` or `"causal"`.
+        batch_size: Texts per forward pass.
+        max_length: Longest input in tokens; the rest of a text is not read.
+        mask_share: Share of the tokens to mask for a masked model, in (0, 1).
+        n_draws: Number of times a masked model reads each text, each time with other masks. One draw
+            over a hundred sentences moves in steps of about 1 %, the size of what is to be seen.
+        seed: Seed of the masks.
+
+    Raises:
+        DataError: If no token of the texts can be scored.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        objective: Objective,
+        *,
+        batch_size: int = 32,
+        max_length: int = DEFAULT_MAX_LENGTH,
+        mask_share: float = 0.15,
+        n_draws: int = 4,
+        seed: int = 0,
+    ) -> None:
+        check_tokenizer(tokenizer)
+        self.objective: Objective = objective
+        generator = torch.Generator().manual_seed(seed)
+        encoded = [
+            tokenizer(text, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
+            for text in texts
+        ]
+        rows = sorted((row["input_ids"] for row in encoded), key=len, reverse=True)
+        # Drawn text by text, so that the masks do not depend on batches and padding.
+        draws = [torch.rand(n_draws, len(row), generator=generator) for row in rows]
+        special_ids = torch.tensor(tokenizer.all_special_ids)
+        self.batches: list[_ScoredBatch] = []
+        for start in range(0, len(rows), batch_size):
+            batch = _pad(rows[start : start + batch_size], tokenizer.pad_token_id or 0)
+            ordinary = (batch[1] == 1) & ~torch.isin(batch[0], special_ids)
+            if objective == "causal":
+                scored = [self._causal(batch, ordinary)]
+            else:
+                drawn = torch.ones(n_draws, *ordinary.shape)
+                for row, draw in enumerate(draws[start : start + batch_size]):
+                    drawn[:, row, : draw.shape[1]] = draw
+                scored = [
+                    self._masked(batch, (draw < mask_share) & ordinary, tokenizer.mask_token_id)
+                    for draw in drawn
+                ]
+            self.batches += [part for part in scored if part.labels.numel()]
+        self.n_tokens = sum(batch.labels.numel() for batch in self.batches)
+        if not self.n_tokens:
+            raise DataError(
+                f"Expected neutral texts with tokens to score, but the {len(texts):,} texts have none."
+            )
+
+    @torch.no_grad()
+    def score(self, model: PreTrainedModel) -> float:
+        """Language-model score of a model, in [0, 1]; higher is better.
+
+        Args:
+            model: Masked or causal language model; left as it was.
+
+        Returns:
+            Masked: accuracy at the masked tokens. Causal: 1/(1 + NLL), NLL in nats per token.
+
+        Raises:
+            NumericalError: If the logits are NaN.
+
+        References:
+            Drechsel and Herbold (2025), https://arxiv.org/abs/2502.01406, section 5 (decoder).
+        """
+        total = 0.0
+        with evaluation_mode(model):
+            for batch in self.batches:
+                logits = self._logits(model, batch)
+                labels = batch.labels.to(logits.device)
+                best, found = logits.max(-1)  # NaN wins over every number
+                if not bool(torch.isfinite(best).all()):
+                    raise NumericalError("Expected finite logits on neutral text, but got NaN.")
+                if self.objective == "masked":
+                    total += float((found == labels).sum())
+                else:
+                    total += float(
+                        torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                    )
+        mean = total / self.n_tokens
+        return mean if self.objective == "masked" else 1.0 / (1.0 + mean)
+
+    @staticmethod
+    def _logits(model: PreTrainedModel, batch: _ScoredBatch) -> Tensor:
+        device = model.device
+        rows, positions = batch.rows.to(device), batch.positions.to(device)
+        with head_at_sites(model, rows, positions) as at_sites:
+            logits = model(
+                input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
+            ).logits
+        return (logits[0] if at_sites else logits[rows, positions]).float()  # (tokens, vocabulary)
+
+    @staticmethod
+    def _causal(batch: tuple[Tensor, Tensor], ordinary: Tensor) -> _ScoredBatch:
+        rows, positions = ordinary[:, 1:].nonzero(as_tuple=True)
+        return _ScoredBatch(*batch, rows, positions, batch[0][rows, positions + 1])
+
+    @staticmethod
+    def _masked(batch: tuple[Tensor, Tensor], chosen: Tensor, mask_token_id: int) -> _ScoredBatch:
+        rows, positions = chosen.nonzero(as_tuple=True)
+        labels = batch[0][rows, positions]
+        return _ScoredBatch(
+            batch[0].masked_fill(chosen, mask_token_id), batch[1], rows, positions, labels
+        )
+
+
+def _pad(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return ids, mask

@@ -1,0 +1,259 @@
+"""report.json: everything that was measured of one GRADIEND, as plain JSON values.
+
+Cards, tables and figures are made from it and from nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_gradiend.data.templates import (
+    build_neutral_texts,
+    occupation_prompts,
+    picture_prompts,
+    transfer_pairs,
+)
+from hf_gradiend.errors import ConfigError
+from hf_gradiend.evaluation.decoder import (
+    EditChoice,
+    EditMeasures,
+    EditProbe,
+    choose_edit,
+    flat,
+    sweep,
+)
+from hf_gradiend.evaluation.encoder import EncoderReport, evaluate_encoder
+from hf_gradiend.modeling_gradiend import GradiendModel
+
+GENDER_WORDS = (["she"], ["he"])
+
+
+@dataclass(frozen=True)
+class JudgedEdit:
+    """An edit, chosen on some texts and judged on others.
+
+    Args:
+        choice: The choice with its own before and after.
+        before: The base model on the texts of the judgement.
+        after: The edited model on the same texts.
+        occupations: For each occupation of the picture the mean probabilities before and after.
+        sweep: Measures against the step size at h = 0 and at the chosen h, on the judgement's texts.
+    """
+
+    choice: EditChoice
+    before: EditMeasures
+    after: EditMeasures
+    occupations: list[dict[str, object]]
+    sweep: list[dict[str, float]]
+
+
+def is_gender(gradiend: GradiendModel) -> bool:
+    """Whether a GRADIEND is one of she against he, which the package has its own texts for."""
+    words = feature_words(gradiend)
+    return words == GENDER_WORDS or words == GENDER_WORDS[::-1]
+
+
+def feature_words(gradiend: GradiendModel) -> tuple[list[str], list[str]]:
+    """The words of the + class and those of the − class.
+
+    Raises:
+        ConfigError: If the GRADIEND's configuration does not hold them.
+    """
+    config = gradiend.config
+    if not config.feature_classes or not config.feature_words:
+        raise ConfigError(
+            "Expected a GRADIEND that names its classes and their words, but its configuration has none. "
+            "Set config.feature_classes and config.feature_words."
+        )
+    positive, negative = config.feature_classes[0]
+    return list(config.feature_words[positive]), list(config.feature_words[negative])
+
+
+def read_encoder(
+    gradiend: GradiendModel,
+    base_model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    splits: Mapping[str, Dataset],
+    *,
+    neutral_texts: Sequence[str] | None = None,
+    progress: bool = True,
+) -> EncoderReport:
+    """`evaluate_encoder` with the package's own neutral texts and, for gender, its transfer pairs.
+
+    Args:
+        gradiend: GRADIEND of one feature.
+        base_model: Its base model; left as it was.
+        processing_class: The base model's tokenizer.
+        splits: Feature data sets by name.
+        neutral_texts: Texts without the feature; `None` for the package's own.
+        progress: Show progress bars.
+    """
+    if neutral_texts is None:
+        neutral_texts = list(build_neutral_texts()["test"]["text"])
+    return evaluate_encoder(
+        gradiend,
+        base_model,
+        processing_class,
+        splits,
+        neutral_texts,
+        transfer=_oriented_transfer(gradiend) if is_gender(gradiend) else None,
+        progress=progress,
+    )
+
+
+def choose_gender_edit(
+    gradiend: GradiendModel,
+    base_model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    neutral_texts: Sequence[str] | None = None,
+    max_trials: int = 32,
+    with_sweep: bool = True,
+    progress: bool = True,
+) -> JudgedEdit | None:
+    """Choose an edit on half of the occupations and templates, and judge it on the other half.
+
+    Args:
+        gradiend: GRADIEND of she against he.
+        base_model: Its base model; left as it was.
+        processing_class: The base model's tokenizer.
+        neutral_texts: Texts for the language-model score, the first half for the choice and the second
+            for the judgement; `None` for the package's own.
+        max_trials: Largest number of edits to try.
+        with_sweep: Measure the curves for the picture as well.
+        progress: Show progress bars.
+
+    Returns:
+        The edit with its judgement; `None` if no edit is better than the base model.
+
+    Raises:
+        ConfigError: If the GRADIEND is of another feature.
+    """
+    if not is_gender(gradiend):
+        raise ConfigError(
+            f"Expected a GRADIEND of she against he for the package's occupation texts, but it is one of "
+            f"{feature_words(gradiend)}. Use EditProbe and choose_edit with texts of your own."
+        )
+    words = feature_words(gradiend)
+    chosen_on, judged_on = _neutral_passages(neutral_texts)
+    choosing = EditProbe(
+        list(occupation_prompts("choose")), words, chosen_on, base_model, processing_class
+    )
+    choice = choose_edit(gradiend, choosing, max_trials=max_trials, progress=progress)
+    if choice is None:
+        return None
+    judging = EditProbe(
+        list(occupation_prompts("judge")), words, judged_on, base_model, processing_class
+    )
+    pictures = list(picture_prompts())
+    picture = EditProbe(pictures, words, judged_on[:1], base_model, processing_class)
+    before, shown_before = judging.measure(), picture.probabilities()
+    h, alpha = choice.feature_factor, choice.step_size
+    with gradiend.edited(base_model, h, alpha):
+        after, shown_after = judging.measure(), picture.probabilities()
+    curves = []
+    if with_sweep:
+        multiples = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+        factors = sorted({0.0, h})
+        points = sweep(
+            gradiend, judging, factors, [alpha * m for m in multiples], progress=progress
+        )
+        curves = [flat(point) for point in points]
+    names = [row["occupation"] for row in pictures]
+    shown = [
+        {
+            "occupation": name,
+            "before": _mean_of(shown_before, names, name),
+            "after": _mean_of(shown_after, names, name),
+        }
+        for name in dict.fromkeys(names)
+    ]
+    return JudgedEdit(choice, before, after, shown, curves)
+
+
+def build_report(
+    gradiend: GradiendModel,
+    *,
+    solver: str,
+    encoder: EncoderReport,
+    judged: JudgedEdit | None,
+    training: Mapping[str, object],
+    base_model: str,
+) -> dict[str, object]:
+    """Everything measured, as JSON values.
+
+    Args:
+        gradiend: The GRADIEND.
+        solver: Which solver made it.
+        encoder: What its encoder reads.
+        judged: The chosen edit; `None` if there is none.
+        training: What training did.
+        base_model: Name of the base model for people.
+    """
+    return {
+        "format": 1,
+        "base_model": base_model,
+        "base_model_revision": gradiend.config.base_model_revision,
+        "objective": gradiend.config.objective,
+        "n_selected": gradiend.config.n_selected,
+        "solver": solver,
+        "source": gradiend.config.source,
+        "target": gradiend.config.target,
+        "feature_classes": gradiend.config.feature_classes[0],
+        "feature_words": gradiend.config.feature_words,
+        "training": dict(training),
+        "encoder": asdict(encoder),
+        "edit": None
+        if judged is None
+        else {
+            "feature_factor": judged.choice.feature_factor,
+            "step_size": judged.choice.step_size,
+            "chosen_before": asdict(judged.choice.before),
+            "chosen_after": asdict(judged.choice.after),
+            "tried": [flat(point) for point in judged.choice.tried],
+        },
+        "before": None if judged is None else asdict(judged.before),
+        "after": None if judged is None else asdict(judged.after),
+        "occupations": [] if judged is None else judged.occupations,
+        "sweep": [] if judged is None else judged.sweep,
+        "energy": gradiend.energy_by_parameter(),
+    }
+
+
+def _neutral_passages(texts: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Neutral texts to choose and to judge on, in passages of five sentences.
+
+    A sentence on its own is mostly sentence start, which an edit changes most and a model in use seldom
+    sees: on SmolLM2 an edit that keeps 0.999 of the score on passages keeps 0.987 on the same sentences
+    one by one.
+    """
+    if texts is None:
+        neutral = build_neutral_texts()
+        parts = [[*neutral["train"]["text"], *neutral["validation"]["text"]]]
+        parts.append(list(neutral["test"]["text"]))
+    else:
+        parts = [list(texts[: len(texts) // 2]), list(texts[len(texts) // 2 :])]
+    first, second = (
+        [" ".join(part[i : i + 5]) for i in range(0, len(part), 5)] for part in parts
+    )
+    return first, second
+
+
+def _mean_of(probabilities, names: Sequence[str], name: str) -> dict[str, float]:  # noqa: ANN001
+    rows = [row for row, other in enumerate(names) if other == name]
+    plus, minus = probabilities[rows].mean(0).tolist()
+    return {"p_plus": plus, "p_minus": minus}
+
+
+def _oriented_transfer(gradiend: GradiendModel) -> Dataset:
+    """The transfer pairs with the + class's word first."""
+    pairs = transfer_pairs()
+    if feature_words(gradiend) == GENDER_WORDS:
+        return pairs
+    swapped = {"factual": pairs["counterfactual"][:], "counterfactual": pairs["factual"][:]}
+    names = ["/".join(reversed(pair.split("/"))) for pair in pairs["pair"]]
+    return Dataset.from_dict(
+        {"text": pairs["text"][:], **swapped, "pair": names, "kind": pairs["kind"][:]}
+    )

@@ -1,0 +1,1 @@
+"""Gradients of a base model and encodings of texts."""

@@ -1,0 +1,185 @@
+"""Gradients by backward passes, streamed parameter by parameter.
+
+One forward pass serves all losses of a batch. Each parameter's gradient is handed over as soon as
+autograd has finished it, and freed there: peak memory is the base model, its activations and one
+parameter's gradient.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_gradiend.base_models import evaluation_mode
+from hf_gradiend.data.collation import TargetBatch
+from hf_gradiend.errors import NumericalError
+from hf_gradiend.gradients.objectives import side_scores, target_log_probabilities
+from hf_gradiend.parameters import ParameterSelection
+
+Consume = Callable[[str, Tensor], None]
+
+
+class GradientStream:
+    """Backward passes of one base model whose gradients go to a consumer instead of `.grad`.
+
+    Made by `gradient_stream`; valid inside its context.
+
+    Args:
+        model: Base model, prepared by `gradient_stream`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.consume: Consume | None = None
+
+    def losses(self, batch: TargetBatch, sides: Sequence[str]) -> dict[str, Tensor]:
+        """Mean token loss over the batch for each side, from one forward pass.
+
+        Args:
+            batch: Texts with a factual and a counterfactual word, on the model's device.
+            sides: Which of `"factual"`, `"counterfactual"` and `"diff"`.
+
+        Returns:
+            Scalars in nats, with their graph.
+
+        Raises:
+            NumericalError: If a loss is NaN or infinite.
+        """
+        scores = target_log_probabilities(self.model, batch)
+        losses = {side: side_scores(scores, side).mean() for side in sides}
+        for side, loss in losses.items():
+            if not bool(torch.isfinite(loss)):
+                raise NumericalError(
+                    f"Expected a finite {side} loss, but got {loss.item()}. Check the base model's "
+                    f"weights, or load it in float32 instead of {self.model.dtype}."
+                )
+        return losses
+
+    def backward(self, loss: Tensor, consume: Consume, *, retain_graph: bool = False) -> None:
+        """One backward pass; calls `consume(name, gradient)` once per selected parameter.
+
+        Args:
+            loss: Scalar with a graph over the base model.
+            consume: Takes a parameter's name and its gradient of the parameter's shape and dtype; the
+                tensor is freed after the call. Parameters that the loss does not reach are not
+                handed over.
+            retain_graph: Keep the graph for another loss of the same forward pass.
+        """
+        self.consume = consume
+        try:
+            loss.backward(retain_graph=retain_graph)
+        finally:
+            self.consume = None
+
+    def hand_over(self, parameter: nn.Parameter, *, name: str) -> None:
+        """Hook of a parameter: pass its finished gradient on and free it."""
+        gradient, parameter.grad = parameter.grad, None
+        if self.consume is not None and gradient is not None:
+            self.consume(name, gradient)
+
+
+@contextmanager
+def gradient_stream(
+    model: PreTrainedModel, selection: ParameterSelection
+) -> Iterator[GradientStream]:
+    """Prepare a base model for streamed gradients; leaves it bit for bit as it was, also on error.
+
+    Inside, dropout is off and only the selected parameters require a gradient.
+
+    Args:
+        model: Base model.
+        selection: Parameters whose gradients are wanted.
+    """
+    parameters = selection.parameters(model)
+    chosen = {id(parameter) for parameter in parameters.values()}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    stream = GradientStream(model)
+    handles = []
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in chosen)
+        for name, parameter in parameters.items():
+            hook = partial(stream.hand_over, name=name)
+            handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        with evaluation_mode(model), torch.enable_grad():
+            yield stream
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, requires_grad, grad in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+def gradients(
+    model: PreTrainedModel,
+    batch: TargetBatch,
+    selection: ParameterSelection,
+    sides: Sequence[str] = ("factual", "counterfactual"),
+) -> dict[str, dict[str, Tensor]]:
+    """Gradients of the mean token losses of one batch, for every side.
+
+    Args:
+        model: Base model; left as it was.
+        batch: Texts with a factual and a counterfactual word, on the model's device.
+        selection: Parameters with respect to which the gradients are taken.
+        sides: Which of `"factual"`, `"counterfactual"` and `"diff"`.
+
+    Returns:
+        For each side, selected values per parameter name (shape `values_shape`), float32, in nats per
+        unit of weight; zero where the loss does not depend on a parameter. Holds
+        `len(sides) · n_selected` numbers.
+
+    Raises:
+        NumericalError: If a loss is NaN or infinite.
+
+    References:
+        Drechsel and Herbold (2025), https://arxiv.org/abs/2502.01406, section 3.1.
+    """  # noqa: DOC502 - raised by losses
+    result = {
+        side: {entry.name: torch.zeros(entry.values_shape) for entry in selection} for side in sides
+    }
+    entries = {entry.name: entry for entry in selection}
+    with gradient_stream(model, selection) as stream:
+        losses = stream.losses(batch, sides)
+        for number, (side, loss) in enumerate(losses.items()):
+
+            def keep(name: str, gradient: Tensor, held: dict[str, Tensor] = result[side]) -> None:
+                held[name] = entries[name].gather(gradient).float()
+
+            stream.backward(loss, keep, retain_graph=number < len(losses) - 1)
+    return result
+
+
+def encode_by_backward(
+    model: PreTrainedModel,
+    batch: TargetBatch,
+    selection: ParameterSelection,
+    directions: Mapping[str, Tensor],
+    sides: Sequence[str] = ("factual", "counterfactual"),
+) -> Tensor:
+    """Projections W_e·∇L by a backward pass and a dot product: the oracle of the forward-mode path.
+
+    Args:
+        model: Base model; left as it was.
+        batch: A batch of one text.
+        selection: Parameters that the directions cover.
+        directions: Selected values of W_e, of shape `(n_features, *values_shape)`.
+        sides: Which gradients to project.
+
+    Returns:
+        Projections of shape `(sides, n_features)`, float32.
+    """
+    found = gradients(model, batch, selection, sides)
+    projections: list[Tensor] = []
+    for side in sides:
+        parts = [
+            directions[name].float().flatten(1) @ values.flatten()  # -> (n_features,)
+            for name, values in found[side].items()
+        ]
+        projections.append(torch.stack(parts).sum(0))
+    return torch.stack(projections)

@@ -1,0 +1,1 @@
+"""Training a GRADIEND: arguments, trainer and the two solvers."""

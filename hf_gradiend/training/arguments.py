@@ -1,0 +1,141 @@
+"""Arguments of `GradiendTrainer`."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from hf_gradiend.configuration_gradiend import SIDES
+from hf_gradiend.errors import ConfigError
+
+# The arguments of transformers that the trainer acts upon. Any other that is set is an error: no
+# option is silently ignored.
+_HONOURED = {
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "num_train_epochs", "max_steps",
+    "lr_scheduler_type", "logging_strategy", "logging_steps", "logging_first_step", "logging_dir",
+    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "seed",
+    "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "log_level", "do_train", "do_eval", "do_predict",
+    "resume_from_checkpoint", "overwrite_output_dir", "eval_delay", "trackio_space_id",
+}  # fmt: skip
+
+
+@dataclass
+class GradiendTrainingArguments(TrainingArguments):
+    """Arguments of `GradiendTrainer`; only what it adds to `transformers.TrainingArguments`.
+
+    The defaults of `learning_rate` (1e-5), `weight_decay` (1e-2), `adam_epsilon` (1e-8) and batch size
+    (32) are the paper's (section 4, "Training"), without a schedule. An argument of
+    `TrainingArguments` that this trainer does not act upon is an error when set.
+
+    Args:
+        solver: `"closed_form"` (one pass over class means, no optimiser) or `"adamw"` (the paper's).
+        parameters: Which base-model weights: `"layers"`, `"backbone"` or patterns of names.
+        source: Gradient that the encoder reads: `"factual"`, `"counterfactual"` or `"diff"`.
+        target: Gradient that the decoder reproduces; same choices.
+        feature_classes: The two class names, first the one that encodes to +1; `None` for the data
+            set's two classes in alphabetical order.
+        max_train_texts: Number of training texts to use, balanced over classes; `None` for all.
+        prune_fraction: Share of the weights to keep before training, by the class-aligned mean
+            gradient; `None` keeps all.
+        prune_texts: Number of training texts that the pruning looks at.
+        top_k: Share of the weights to keep after training, by the decoder's weight; `None` for all.
+        calibration_fraction: Share of the training texts on which the closed form fits the scale of
+            the encoder rather than its direction, in (0, 1).
+        n_seeds: Number of random starts of `adamw`, trained side by side on the same gradients; the
+            best by validation correlation is kept.
+        warm_start: Start `adamw` from the closed form of its first `prune_texts` texts.
+        decoder_initialization: `"zeros"` or `"uniform"` (the paper's).
+        max_length: Longest input in tokens; `None` for the model's limit, at most 256.
+        max_eval_texts: Number of validation texts for evaluations during training, balanced over
+            classes; `None` for all. The final report uses all of them.
+    """
+
+    output_dir: str | None = "gradiend"
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 32
+    learning_rate: float = 1e-5
+    weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    lr_scheduler_type: str = "constant"  # pyright: ignore[reportIncompatibleVariableOverride]
+    logging_steps: float = 1
+    report_to: None | str | list[str] = "none"
+    save_strategy: str = "steps"  # pyright: ignore[reportIncompatibleVariableOverride]
+    eval_strategy: str = "steps"  # pyright: ignore[reportIncompatibleVariableOverride]
+    eval_steps: float | None = 25
+    save_steps: float = 25
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "correlation"
+    greater_is_better: bool | None = True
+    solver: Literal["closed_form", "adamw"] = "closed_form"
+    parameters: list[str] = field(default_factory=lambda: ["layers"])
+    source: str = "factual"
+    target: str = "diff"
+    feature_classes: list[str] | None = None
+    max_train_texts: int | None = None
+    prune_fraction: float | None = None
+    prune_texts: int = 128
+    top_k: float | None = None
+    calibration_fraction: float = 0.25
+    n_seeds: int = 1
+    warm_start: bool = False
+    decoder_initialization: str = "zeros"
+    max_length: int | None = None
+    max_eval_texts: int | None = 64
+
+    def __post_init__(self) -> None:
+        """Validate everything at once, before any work.
+
+        Raises:
+            ConfigError: If a value is not allowed, or an argument is set that would be ignored.
+        """
+        if isinstance(self.parameters, str):
+            self.parameters = [self.parameters]
+        problems = [*self._out_of_range(), *self._without_effect()]
+        if problems:
+            raise ConfigError(f"GradiendTrainingArguments expected {'; and '.join(problems)}.")
+        super().__post_init__()
+
+    def _out_of_range(self) -> list[str]:
+        problems: list[str] = []
+        for name, allowed in (
+            ("solver", ("closed_form", "adamw")),
+            ("source", SIDES),
+            ("target", SIDES),
+            ("decoder_initialization", ("zeros", "uniform")),
+            ("lr_scheduler_type", ("constant",)),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(repr(value) for value in allowed)
+                problems.append(f"{name} to be one of {choices}, but got {getattr(self, name)!r}")
+        for name in ("prune_fraction", "top_k", "calibration_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1.0:
+                problems.append(f"{name} to be in (0, 1], but got {value!r}")
+        for name in ("n_seeds", "prune_texts", "max_train_texts", "max_eval_texts", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name} to be at least 1, but got {value!r}")
+        if self.feature_classes is not None and len(set(self.feature_classes)) != 2:
+            problems.append(f"two different feature_classes, but got {self.feature_classes!r}")
+        return problems
+
+    def _without_effect(self) -> list[str]:
+        problems = [
+            f"no {item.name} (GradiendTrainer does not use it), but got {getattr(self, item.name)!r}"
+            for item in fields(TrainingArguments)
+            if item.name not in _HONOURED and getattr(self, item.name) != _default(item)
+        ]
+        if self.solver == "closed_form":
+            problems += [
+                f"no {name} with the closed form (it has one solution), but got {value!r}"
+                for name, value in (("n_seeds", self.n_seeds), ("warm_start", self.warm_start))
+                if value not in (1, False)
+            ]
+        return problems
+
+
+def _default(item) -> object:  # noqa: ANN001 - dataclasses.Field is generic without a use here
+    return item.default_factory() if item.default_factory is not MISSING else item.default

@@ -1,0 +1,102 @@
+"""Class means of gradients: what the closed form and the pruning are made of."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from hf_gradiend.data.collation import TargetBatch
+from hf_gradiend.gradients.backward import GradientStream
+from hf_gradiend.parameters import ParameterSelection
+
+
+class ClassMeans:
+    """Running means of source and target gradients for the two classes, float32.
+
+    Holds 3 · n_selected numbers: the source direction E[x|+] − E[x|−] and the target means E[t|+] and
+    E[t|−].
+
+    Args:
+        selection: Weights whose gradients are averaged.
+        source: Side of the source gradient.
+        target: Side of the target gradient.
+        class_sizes: Number of texts of the + and the − class that will be added in all.
+    """
+
+    def __init__(
+        self,
+        selection: ParameterSelection,
+        *,
+        source: str,
+        target: str,
+        class_sizes: Mapping[int, int],
+    ) -> None:
+        self.selection = selection
+        self.source = source
+        self.target = target
+        self.class_sizes = dict(class_sizes)
+        self.direction = _zeros(selection)
+        self.target_means = {sign: _zeros(selection) for sign in (+1, -1)}
+
+    def add(self, stream: GradientStream, batch: TargetBatch, sign: int) -> dict[str, float]:
+        """Add the gradients of a batch whose texts all carry one class: one forward, two backwards.
+
+        Args:
+            stream: Stream of the base model, over this selection or a larger one.
+            batch: Texts of the class.
+            sign: +1 or −1.
+
+        Returns:
+            The batch's mean losses by side, in nats.
+        """
+        losses = stream.losses(batch, tuple(dict.fromkeys((self.source, self.target))))
+        share = batch.n_texts / self.class_sizes[sign]
+        adders: dict[str, list[Callable[[str, Tensor], None]]] = {side: [] for side in losses}
+        adders[self.source].append(self._adder(self.direction, sign * share))
+        adders[self.target].append(self._adder(self.target_means[sign], share))
+        remaining = len(losses)
+        for side, loss in losses.items():
+            remaining -= 1
+            stream.backward(loss, _all_of(adders[side]), retain_graph=remaining > 0)
+        return {f"{side}_loss": loss.item() for side, loss in losses.items()}
+
+    def to_decoder(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """W_d = (E[t|+] − E[t|−])/2 and b_d = (E[t|+] + E[t|−])/2, which minimise the loss at h = ±1.
+
+        Turns the target means into them in place, so that no copy of n numbers is made; call it once,
+        at the end.
+        """
+        plus, minus = self.target_means.pop(+1), self.target_means.pop(-1)
+        for name in plus:
+            plus[name].sub_(minus[name]).div_(2)  # W_d
+            minus[name].add_(plus[name])  # b_d = E[t|−] + W_d
+        return plus, minus
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The running sums under one flat set of names."""
+        groups = {"direction": self.direction, "plus": self.target_means[+1]}
+        groups["minus"] = self.target_means[-1]
+        return {f"{group}.{name}": t for group, held in groups.items() for name, t in held.items()}
+
+    def _adder(self, sums: dict[str, Tensor], factor: float) -> Callable[[str, Tensor], None]:
+        entries = {entry.name: entry for entry in self.selection}
+
+        def add(name: str, gradient: Tensor) -> None:
+            entry = entries.get(name)
+            if entry is not None:
+                values = entry.gather(gradient).to(sums[name].device, torch.float32)
+                sums[name].add_(values, alpha=factor)
+
+        return add
+
+
+def _zeros(selection: ParameterSelection) -> dict[str, Tensor]:
+    return {entry.name: torch.zeros(entry.values_shape) for entry in selection}
+
+
+def _all_of(adders: list[Callable[[str, Tensor], None]]) -> Callable[[str, Tensor], None]:
+    def add(name: str, gradient: Tensor) -> None:
+        for adder in adders:
+            adder(name, gradient)
+
+    return add

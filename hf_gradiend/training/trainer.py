@@ -1,0 +1,480 @@
+"""`GradiendTrainer`: one loop for both solvers, with transformers' callbacks, state and arguments."""
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+)
+
+from hf_gradiend.base_models import check_base_model, objective_of
+from hf_gradiend.configuration_gradiend import GradiendConfig
+from hf_gradiend.data.collation import PreparedTexts, prepare_texts
+from hf_gradiend.data.loading import validate_feature_dataset
+from hf_gradiend.errors import ConfigError, NumericalError
+from hf_gradiend.files import writable_folder, write_json
+from hf_gradiend.gradients.backward import gradient_stream
+from hf_gradiend.gradients.forward import project_texts
+from hf_gradiend.gradients.objectives import side_scores
+from hf_gradiend.metrics import pearson_correlation, sign_accuracy
+from hf_gradiend.modeling_gradiend import GradiendModel
+from hf_gradiend.parameters import ParameterSelection, select_parameters, selection_of
+from hf_gradiend.training.arguments import GradiendTrainingArguments
+from hf_gradiend.training.pruning import aligned_means, prune, pruned_gradiend
+from hf_gradiend.training.solvers import (
+    AdamWSolver,
+    ClosedFormSolver,
+    Solver,
+    TrainingProblem,
+)
+from hf_gradiend.training.texts import LabelledTexts, label_texts
+
+logger = logging.getLogger(__name__)
+
+# A seed has converged when its encodings tell the classes apart this well on validation texts.
+CONVERGED_CORRELATION = 0.8
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `GradiendTrainer.train` did.
+
+    Args:
+        global_step: Number of steps done.
+        seconds: Wall-clock time of the call.
+        n_selected: Number of weights of the GRADIEND.
+        convergence: For each seed its last validation correlation, and whether it is at least 0.8.
+        best_step: Step of the kept checkpoint; `None` where the last model was kept.
+        history: Everything that was logged, in order.
+    """
+
+    global_step: int
+    seconds: float
+    n_selected: int
+    convergence: list[dict[str, float | int | bool]]
+    best_step: int | None
+    history: list[dict[str, float]]
+
+
+class GradiendTrainer:
+    """Learns a feature of a base model.
+
+    The base model is left bit for bit as it was. The best checkpoint by validation correlation is
+    kept; without evaluation data the last model. Ctrl-C saves a checkpoint and stops; `train(
+    resume_from_checkpoint=True)` goes on from there with the same numbers.
+
+    Args:
+        base_model: Masked or causal language model with its head.
+        processing_class: Its tokenizer.
+        args: Training arguments.
+        train_dataset: Feature data set.
+        eval_dataset: Feature data set for evaluation during training; `None` for none.
+        callbacks: transformers' trainer callbacks.
+
+    Raises:
+        ConfigError: If the arguments contradict each other or the data.
+        DataError: If a data set lacks columns, slots or a class.
+        BaseModelError: If the base model carries an adapter, is quantised, offloaded or broken.
+        SelectionError: If a pattern of parameters matches nothing.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase,
+        args: GradiendTrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        check_base_model(base_model)
+        self.base_model = base_model
+        self.processing_class = processing_class
+        self.args = args
+        self.accelerator = Accelerator(cpu=args.use_cpu)
+        self.base_model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
+        self.classes = self._classes(train_dataset)
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.train_texts = self._labelled(train_dataset).balanced(args.max_train_texts, args.seed)
+        self.eval_texts = (
+            None
+            if eval_dataset is None
+            else self._labelled(eval_dataset).balanced(args.max_eval_texts, args.seed)
+        )
+        self.selection = select_parameters(base_model, args.parameters)
+        self.state = TrainerState()
+        self.control = TrainerControl()
+        standard = [DefaultFlowCallback, *([] if args.disable_tqdm else [ProgressCallback])]
+        reporting = get_reporting_integration_callbacks(args.report_to)
+        self.callbacks = CallbackHandler(
+            [*standard, *reporting, *callbacks], None, processing_class, None, None
+        )
+        self._model: GradiendModel | None = None
+
+    @property
+    def model(self) -> GradiendModel:
+        """The trained GRADIEND.
+
+        Raises:
+            ConfigError: Before `train` was called.
+        """
+        if self._model is None:
+            raise ConfigError("Expected a trained GRADIEND, but train() has not been called yet.")
+        return self._model
+
+    def train(self, *, resume_from_checkpoint: bool | str | None = None) -> TrainingResult:
+        """Learn the feature.
+
+        Args:
+            resume_from_checkpoint: `True` for the last checkpoint in `output_dir`, or its folder.
+
+        Returns:
+            What was done; the GRADIEND is `self.model`, also on disk in `output_dir`.
+
+        Raises:
+            ConfigError: If a checkpoint is asked for and there is none, or it was made with other
+                arguments.
+            NumericalError: If a loss is NaN or infinite.
+            OutputError: If `output_dir` cannot be written.
+        """  # noqa: DOC502 - NumericalError is raised by the solvers
+        started = time.perf_counter()
+        args = self.args
+        resume = resume_from_checkpoint or args.resume_from_checkpoint
+        set_seed(args.seed)
+        folder = writable_folder(self.args.output_dir or "gradiend")
+        self._prune()
+        problem = self._problem()
+        start = self._warm_start(problem) if args.warm_start else None
+        solver: Solver = (
+            ClosedFormSolver(problem)
+            if args.solver == "closed_form"
+            else AdamWSolver(problem, start)
+        )
+        self.state = TrainerState(
+            max_steps=solver.n_steps,
+            num_train_epochs=1,
+            logging_steps=int(args.logging_steps),
+            eval_steps=int(args.eval_steps or solver.n_steps),
+            save_steps=int(args.save_steps),
+            is_local_process_zero=self.accelerator.is_local_main_process,
+            is_world_process_zero=self.accelerator.is_main_process,
+        )
+        if resume:
+            self._resume(solver, self._checkpoint_to_resume(resume, folder))
+        self._loop(solver, folder)
+        best_step = self._load_best(solver)
+        models = solver.models()
+        correlations = [self._correlation(model) for model in models]
+        self._model = self._chosen(models, correlations)
+        if args.top_k is not None:
+            self._model = pruned_gradiend(self._model, args.top_k)
+        if self.accelerator.is_main_process:
+            self._model.save_pretrained(folder)
+            write_json(folder / "trainer_state.json", {"log_history": self.state.log_history})
+        self.control = self.callbacks.on_train_end(args, self.state, self.control)
+        return TrainingResult(
+            global_step=self.state.global_step,
+            seconds=time.perf_counter() - started,
+            n_selected=self._model.config.n_selected,
+            convergence=[
+                {
+                    "seed": args.seed + k,
+                    "correlation": abs(value),
+                    "converged": abs(value) >= CONVERGED_CORRELATION,
+                }
+                for k, value in enumerate(correlations)
+                if value is not None
+            ],
+            best_step=best_step,
+            history=list(self.state.log_history),
+        )
+
+    def _loop(self, solver: Solver, folder: Path) -> None:
+        args = self.args
+        self.control = self.callbacks.on_train_begin(args, self.state, self.control)
+        selection = self.selection
+        try:
+            with gradient_stream(self.base_model, selection) as stream:
+                for number in range(self.state.global_step, solver.n_steps):
+                    self.control = self.callbacks.on_step_begin(args, self.state, self.control)
+                    logs = solver.step(stream, number)
+                    self.state.global_step = number + 1
+                    self.state.epoch = (number + 1) / solver.n_steps
+                    self.control = self.callbacks.on_step_end(args, self.state, self.control)
+                    self._after_step(solver, folder, logs)
+                    if self.control.should_training_stop:
+                        break
+        except KeyboardInterrupt:
+            if self.state.global_step:
+                self._save_checkpoint(solver, folder)
+                logger.warning(
+                    "Interrupted at step %d; saved. Go on with resume_from_checkpoint=True.",
+                    self.state.global_step,
+                )
+            raise
+
+    def _after_step(self, solver: Solver, folder: Path, logs: Mapping[str, float]) -> None:
+        if self.control.should_log:
+            self._log(logs)
+        is_best = False
+        if self.control.should_evaluate and self.eval_texts and self.args.solver == "adamw":
+            is_best = self._evaluate(solver)
+        if self.control.should_save or is_best:
+            path = self._save_checkpoint(solver, folder)
+            if is_best:
+                self.state.best_model_checkpoint = str(path)
+                self.state.save_to_json(str(path / "trainer_state.json"))
+            self._rotate(folder)
+
+    def _evaluate(self, solver: Solver) -> bool:
+        """Validation correlation of every seed; whether it is the best so far."""
+        values = [self._correlation(model) or 0.0 for model in solver.models()]
+        best = max(abs(value) for value in values)
+        metrics = {"eval_correlation": best}
+        if len(values) > 1:
+            metrics |= {
+                f"eval_correlation_seed_{self.args.seed + k}": v for k, v in enumerate(values)
+            }
+        self._log(metrics)
+        self.control = self.callbacks.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.state.best_metric is None or best > self.state.best_metric:
+            self.state.best_metric = best
+            self.state.best_global_step = self.state.global_step
+            return self.args.load_best_model_at_end
+        return False
+
+    def _log(self, logs: Mapping[str, float]) -> None:
+        entry = {**logs, "step": self.state.global_step}
+        self.state.log_history.append(entry)
+        self.control = self.callbacks.on_log(self.args, self.state, self.control, dict(logs))
+
+    def _correlation(self, gradiend: GradiendModel) -> float | None:
+        """Signed validation correlation; `None` without evaluation texts."""
+        if self.eval_texts is None:
+            return None
+        encodings = self._encode(gradiend, self.eval_texts)
+        if float(encodings.std()) == 0.0:
+            return 0.0
+        return pearson_correlation(encodings, torch.tensor(self.eval_texts.signs))
+
+    def _encode(self, gradiend: GradiendModel, labelled: LabelledTexts) -> Tensor:
+        projections = project_texts(
+            self.base_model,
+            labelled.prepared(),
+            selection_of(gradiend),
+            {name: gradiend.encoder.weight.at(name)[0] for name in gradiend.names},
+            pad_token_id=self._pad_token_id,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
+        source = side_scores(-projections, self.args.source)
+        return torch.tanh(source + gradiend.encoder.bias.detach().float().cpu()[0])
+
+    def _chosen(
+        self, models: Sequence[GradiendModel], correlations: Sequence[float | None]
+    ) -> GradiendModel:
+        """The best seed, turned so that the first class encodes to +1."""
+        number = max(range(len(models)), key=lambda k: abs(correlations[k] or 0.0))
+        model, signed = models[number], correlations[number]
+        if signed is None:  # without evaluation texts, the training texts tell the sign
+            texts = self.train_texts.balanced(self.args.max_eval_texts, self.args.seed)
+            read = self._encode(model, texts)
+            signed = sign_accuracy(read, torch.tensor(texts.signs)) - 0.5
+        if signed < 0:
+            model.flip_()
+        if not all(bool(torch.isfinite(p.detach().sum())) for p in model.parameters()):
+            raise NumericalError(
+                "Expected finite GRADIEND weights after training, but some are NaN or infinite. "
+                "Lower learning_rate, or load the base model in float32."
+            )
+        return model
+
+    # ---- preparation ------------------------------------------------------------------------------
+
+    @property
+    def _pad_token_id(self) -> int:
+        found = self.processing_class.pad_token_id
+        return 0 if found is None else int(found)
+
+    def _classes(self, dataset: Dataset) -> list[str]:
+        validate_feature_dataset(dataset)
+        present = sorted(set(dataset["factual_class"]))
+        wanted = self.args.feature_classes
+        if wanted is not None and sorted(wanted) != present:
+            raise ConfigError(
+                f"Expected feature_classes to name the data set's classes {present}, but got {wanted}."
+            )
+        return list(wanted) if wanted else present
+
+    def _labelled(self, dataset: Dataset) -> LabelledTexts:
+        validate_feature_dataset(dataset)
+        texts: PreparedTexts = prepare_texts(
+            dataset,
+            self.processing_class,
+            objective_of(self.base_model),
+            max_length=self.args.max_length,
+        )
+        return label_texts(texts, dataset, self.classes)
+
+    def _prune(self) -> None:
+        if self.args.prune_fraction is None:
+            return
+        texts = self.train_texts.balanced(self.args.prune_texts, self.args.seed)
+        means = aligned_means(self._problem(texts), progress=not self.args.disable_tqdm)
+        self.selection = prune(self.selection, means, self.args.prune_fraction)
+
+    def _warm_start(self, problem: TrainingProblem) -> GradiendModel:
+        texts = self.train_texts.balanced(self.args.prune_texts, self.args.seed)
+        solver = ClosedFormSolver(self._problem(texts))
+        with gradient_stream(self.base_model, problem.selection) as stream:
+            for number in range(solver.n_steps):
+                solver.step(stream, number)
+        return solver.models()[0]
+
+    def _problem(self, texts: LabelledTexts | None = None) -> TrainingProblem:
+        return TrainingProblem(
+            base_model=self.base_model,
+            selection=self.selection,
+            config=self._config(self.selection),
+            texts=texts or self.train_texts,
+            pad_token_id=self._pad_token_id,
+            args=self.args,
+            reduce=self._sum_over_processes,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def _config(self, selection: ParameterSelection) -> GradiendConfig:
+        words = {name: set() for name in self.classes}
+        for name, word in zip(
+            self.train_dataset["factual_class"], self.train_dataset["factual"], strict=True
+        ):
+            words[name].add(word)
+        base = self.base_model
+        return GradiendConfig(
+            parameters=selection.to_config(),
+            feature_classes=[self.classes],
+            feature_words={name: sorted(found) for name, found in words.items()},
+            source=self.args.source,
+            target=self.args.target,
+            objective=objective_of(base),
+            base_model_name_or_path=base.config._name_or_path or None,
+            base_model_revision=getattr(base.config, "_commit_hash", None),
+            base_model_class=type(base).__name__,
+            selection_fingerprint=selection.fingerprint,
+            decoder_initialization=self.args.decoder_initialization,
+        )
+
+    # ---- files ------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, solver: Solver, folder: Path) -> Path:
+        path = folder / f"checkpoint-{self.state.global_step}"
+        if not self.accelerator.is_main_process:
+            return path
+        with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder) as temporary:
+            written = Path(temporary) / "checkpoint"
+            written.mkdir()
+            tensors = {name: t.contiguous() for name, t in solver.state_tensors().items()}
+            save_file(tensors, written / "solver.safetensors", {"run": self._run_digest()})
+            self.state.save_to_json(str(written / "trainer_state.json"))
+            if path.exists():
+                shutil.rmtree(path)
+            written.replace(path)
+        self.control = self.callbacks.on_save(self.args, self.state, self.control)
+        return path
+
+    def _rotate(self, folder: Path) -> None:
+        limit = self.args.save_total_limit
+        if limit is None or not self.accelerator.is_main_process:
+            return
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=_step_of)
+        kept = {checkpoints[-1], Path(self.state.best_model_checkpoint or checkpoints[-1])}
+        for old in checkpoints[: max(0, len(checkpoints) - limit)]:
+            if old not in kept:
+                shutil.rmtree(old)
+
+    def _load_best(self, solver: Solver) -> int | None:
+        best = self.state.best_model_checkpoint
+        if best is None or self.state.best_global_step == self.state.global_step:
+            return self.state.best_global_step if best else None
+        _load_tensors(solver, Path(best) / "solver.safetensors")
+        return self.state.best_global_step
+
+    def _checkpoint_to_resume(self, wanted: bool | str, folder: Path) -> Path:
+        if isinstance(wanted, str):
+            path = Path(wanted)
+        else:
+            path = max(folder.glob("checkpoint-*"), key=_step_of, default=folder / "checkpoint-*")
+        if not (path / "solver.safetensors").is_file():
+            raise ConfigError(
+                f"Expected a checkpoint to resume from, but there is none at {str(path)!r}. Train without "
+                f"resume_from_checkpoint."
+            )
+        return path
+
+    def _resume(self, solver: Solver, path: Path) -> None:
+        with safe_open(path / "solver.safetensors", framework="pt") as file:
+            made_with = (file.metadata() or {}).get("run")
+        if made_with != self._run_digest():
+            raise ConfigError(
+                f"Expected a checkpoint of this run, but {str(path)!r} was made with other arguments, "
+                f"data or weights. Use the same ones, or train without resume_from_checkpoint."
+            )
+        _load_tensors(solver, path / "solver.safetensors")
+        self.state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+
+    def _run_digest(self) -> str:
+        """What two runs must share for one to go on from the other's checkpoint."""
+        names = (
+            "solver", "source", "target", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
+            "adam_epsilon", "seed", "n_seeds", "decoder_initialization", "warm_start",
+            "calibration_fraction",
+        )  # fmt: skip
+        content = {name: getattr(self.args, name) for name in names}
+        content["batch_size"] = (
+            self.args.per_device_train_batch_size * self.accelerator.num_processes
+        )
+        content["selection"] = self.selection.fingerprint
+        content["classes"] = self.classes
+        content["n_train_texts"] = len(self.train_texts.texts)
+        return json.dumps(content, sort_keys=True)
+
+
+def _load_tensors(solver: Solver, path: Path) -> None:
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for name, tensor in solver.state_tensors().items():
+            tensor.copy_(file.get_tensor(name))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def training_summary(result: TrainingResult) -> dict[str, object]:
+    """A training result as plain JSON values, without the step-by-step history."""
+    content = asdict(result)
+    content.pop("history")
+    return content
