@@ -1,5 +1,6 @@
 """Loading a base model with its tokenizer, and what the rest of the package needs to know of it."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_gradiend.errors import BaseModelError
+
+logger = logging.getLogger(__name__)
 
 Objective = Literal["masked", "causal"]
 
@@ -67,18 +70,30 @@ def load_base_model(  # noqa: PLR0913 - the arguments of transformers' own loade
         objective = objective or _saved_objective(config)
         loader = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(place, **arguments, **gguf)
-        model = loader.from_pretrained(
-            place, dtype=dtype, **arguments, **gguf, **_dequantized(gguf_file)
+        model, loading = loader.from_pretrained(
+            place,
+            dtype=dtype,
+            output_loading_info=True,
+            **arguments,
+            **gguf,
+            **_dequantized(gguf_file),
         )
+    except BaseModelError:
+        raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, BaseModelError):
-            raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         hint = "" if Path(place).exists() else " There is no such folder here either."
         raise BaseModelError(
             f"Expected the Hub id or folder of a masked or causal language model, but {place!r} "
             f"could not be loaded: {first_line}{hint}"
         ) from error
+    missing = sorted(loading.get("missing_keys", ()))
+    if missing:
+        logger.warning(
+            "%d weights of %s are not in the checkpoint and were drawn at random, for instance %s. "
+            "Was it saved without its language-model head?",
+            len(missing), place, missing[0],
+        )  # fmt: skip
     check_tokenizer(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -96,10 +111,10 @@ def objective_of(model: PreTrainedModel) -> Objective:
         BaseModelError: If the model has neither head.
     """
     name = type(model).__name__
-    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM"):
-        # A few classes stand in both lists; only masked models have a bidirectional backbone.
-        if not getattr(model.config, "is_decoder", False):
-            return "masked"
+    masked = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM")
+    # A few classes stand in both lists; only masked models have a bidirectional backbone.
+    if masked and not getattr(model.config, "is_decoder", False):
+        return "masked"
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(
         ("ForCausalLM", "LMHeadModel")
     ):
@@ -135,12 +150,22 @@ def check_base_model(model: PreTrainedModel) -> None:
                 f"Expected the whole base model in memory, but {parameter_name!r} of {name} is "
                 f"offloaded. Load it without device_map, or with one that offloads nothing."
             )
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum())):
-            if not bool(torch.isfinite(parameter.detach()).all()):
-                raise BaseModelError(
-                    f"Expected finite base-model weights, but {parameter_name!r} of {name} holds NaN "
-                    f"or infinity. The checkpoint is broken."
-                )
+        # The sum first, which makes no copy: only broken and huge weights go on to the next check.
+        if (
+            parameter.is_floating_point()
+            and not bool(torch.isfinite(parameter.detach().sum()))
+            and not bool(torch.isfinite(parameter.detach()).all())
+        ):
+            raise BaseModelError(
+                f"Expected finite base-model weights, but {parameter_name!r} of {name} holds NaN "
+                f"or infinity. The checkpoint is broken."
+            )
+
+
+def pad_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token id to pad with; 0 where the tokenizer has none (GPT-2's), as padding is masked out."""
+    found = tokenizer.pad_token_id
+    return found if isinstance(found, int) else 0
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -63,7 +63,7 @@ class GradiendConfig(PretrainedConfig):
         format_version: int = 1,
         **kwargs: object,
     ) -> None:
-        # Lists, not dictionaries: config.json is written with sorted keys, which would permute them.
+        # Lists, not dictionaries: config.json has sorted keys, which would permute them.
         self.parameters = [
             {"name": p["name"], "shape": list(p["shape"]), "n_selected": p.get("n_selected")}
             for p in parameters
@@ -83,7 +83,7 @@ class GradiendConfig(PretrainedConfig):
         self.decoder_initialization = decoder_initialization
         self.format_version = format_version
         self._check()
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # pyright: ignore[reportArgumentType] - forwarded as they came
 
     def _check(self) -> None:
         problems: list[str] = []

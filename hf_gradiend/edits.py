@@ -17,8 +17,8 @@ FeatureFactor = float | Sequence[float]
 class WeightEditor:
     """Puts edits θ + α·dec(h) into a base model in place, one after the other, and restores θ.
 
-    Every edit starts from the original weights, so any number of them leaves no rounding. The sum is
-    taken in float32 and rounded to the base model's dtype once. Use as a context manager; the
+    Every edit starts from the original weights, so any number of them leaves no rounding. The sum
+    is taken in float32 and rounded to the base model's dtype once. Use as a context manager; the
     originals (of a sparse GRADIEND only the selected entries) are kept in memory meanwhile.
 
     Args:
@@ -48,8 +48,8 @@ class WeightEditor:
                 # Summed in float32: finite float16 numbers may add up to infinity.
                 if not bool(torch.isfinite(held.detach().sum(dtype=torch.float32))):
                     raise NumericalError(
-                        f"Expected finite decoder weights, but those of {name!r} hold NaN or infinity. "
-                        f"The GRADIEND is broken; train it again."
+                        f"Expected finite decoder weights, but those of {name!r} hold NaN or "
+                        f"infinity. The GRADIEND is broken; train it again."
                     )
 
     def __enter__(self) -> "WeightEditor":
@@ -68,7 +68,12 @@ class WeightEditor:
         Args:
             feature_factor: h, one number per feature.
             step_size: α, in units of weight per unit of gradient.
+
+        Raises:
+            RuntimeError: Outside the editor's context, where nothing could be undone.
         """
+        if not self.originals:
+            raise RuntimeError("Expected apply() inside `with editor:`, which keeps the originals.")
         h = torch.as_tensor(feature_factor, dtype=torch.float32).reshape(-1)
         for name, original in self.originals.items():
             self._write(name, _edited_values(self.gradiend, name, original, h, step_size))
@@ -169,8 +174,8 @@ def _chosen(
     numbers = torch.as_tensor(h, dtype=torch.float32).reshape(-1)
     if numbers.numel() != gradiend.config.n_features:
         raise ConfigError(
-            f"Expected a feature factor of {gradiend.config.n_features} numbers, one per feature, but "
-            f"got {h!r}."
+            f"Expected a feature factor of {gradiend.config.n_features} numbers, one per feature, "
+            f"but got {h!r}."
         )
     if not bool(torch.isfinite(numbers).all()) or alpha != alpha or abs(alpha) == float("inf"):
         raise ConfigError(f"Expected finite numbers, but got h = {h!r} and step size = {alpha!r}.")

@@ -63,10 +63,12 @@ def three_way_accuracy(encodings: Tensor, labels: Tensor, threshold: float = 0.5
         threshold: Where the neutral band ends.
 
     Returns:
-        Mean over the labels that occur of the share that is read right; chance is 1 / number of labels.
+        Mean over the labels that occur of the share that is read right; chance is 1 / number of
+        labels.
 
     References:
-        Drechsel and Herbold (2025), https://arxiv.org/abs/2502.01406, section 5 (encoder evaluation).
+        Drechsel and Herbold (2025), https://arxiv.org/abs/2502.01406, section 5 (encoder
+        evaluation).
     """
     read = (encodings > threshold).long() - (encodings < -threshold).long()
     shares = [(read[labels == label] == label).double().mean() for label in labels.unique()]
@@ -92,8 +94,8 @@ def bootstrap(
     """A statistic with its 95 % percentile interval over resampled items.
 
     Args:
-        statistic: Takes item numbers of shape `(n,)` and gives a number. A resample on which it is not
-            defined (it raises ValueError) is drawn again, at most ten times over.
+        statistic: Takes item numbers of shape `(n,)` and gives a number. A resample on which it is
+            not defined (it raises ValueError) is drawn again, at most ten times over.
         n: Number of items.
         n_resamples: Number of resamples.
         seed: Seed of the resampling.

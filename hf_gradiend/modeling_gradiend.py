@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .configuration_gradiend import GradiendConfig  # noqa: TID252 - remote code knows no package
 
@@ -39,7 +39,7 @@ class GradiendOutput(ModelOutput):
 
 
 class TensorTree(nn.Module):
-    """Tensors under dotted names, as a tree of modules, so that state-dict keys mirror the base model.
+    """Tensors under dotted names, as a tree of modules: state-dict keys mirror the base model.
 
     Args:
         bound: Tensors of this tree are initialised uniformly in ±bound; 0 gives zeros.
@@ -52,13 +52,18 @@ class TensorTree(nn.Module):
     def put(self, name: str, tensor: Tensor) -> None:
         """Hold a parameter or (where it is not an `nn.Parameter`) a persistent buffer."""
         *path, leaf = name.split(".")
-        node = self
+        node: nn.Module = self
         for part in path:
             # Written to the dictionaries directly: add_module refuses names that nn.Module itself
             # has as attributes ("type", "half"), which a base model may well use.
-            node = node._modules.setdefault(part, TensorTree(self.initial_bound))
-        kind = node._parameters if isinstance(tensor, nn.Parameter) else node._buffers
-        kind[leaf] = tensor
+            inner = node._modules.get(part)
+            if inner is None:
+                inner = node._modules[part] = TensorTree(self.initial_bound)
+            node = inner
+        if isinstance(tensor, nn.Parameter):
+            node._parameters[leaf] = tensor
+        else:
+            node._buffers[leaf] = tensor
 
     def at(self, name: str) -> Tensor:
         """The tensor under a dotted name."""
@@ -71,7 +76,7 @@ class TensorTree(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encoder weights of shape `(n_features, *values_shape)` and biases of shape `(n_features,)`."""
+    """Encoder weights of shape `(n_features, *values_shape)` and biases `(n_features,)`."""
 
     def __init__(self, bound: float, n_features: int) -> None:
         super().__init__()
@@ -81,7 +86,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder weights of shape `(n_features, *values_shape)` and biases of shape `values_shape`."""
+    """Decoder weights of shape `(n_features, *values_shape)` and biases `values_shape`."""
 
     def __init__(self, bound: float) -> None:
         super().__init__()
@@ -93,8 +98,8 @@ class GradiendModel(PreTrainedModel):
     """A one-neuron (or `n_features`-neuron) encoder-decoder over a base model's gradients.
 
     The encoder reads h = tanh(W_e·x + b_e) from a gradient x; the decoder gives the update
-    dec(h) = h·W_d + b_d, one tensor per base parameter. The class that the configuration names first
-    encodes to +1.
+    dec(h) = h·W_d + b_d, one tensor per base parameter. The class that the configuration names
+    first encodes to +1.
 
     Args:
         config: Layout and origin. A GRADIEND of a whole model is made by `GradiendTrainer`.
@@ -106,11 +111,11 @@ class GradiendModel(PreTrainedModel):
     config_class = GradiendConfig
     base_model_prefix = "gradiend"
     main_input_name = "gradients"
-    model_tags = ("gradiend",)
-    _no_split_modules: list[str] = []  # noqa: RUF012 - the form that transformers expects
+    _no_split_modules: set[str] | list[str] | None = []  # noqa: RUF012 - transformers' own form
 
     def __init__(self, config: GradiendConfig) -> None:
         super().__init__(config)
+        self.model_tags = ["gradiend"]
         bound = max(config.n_selected, 1) ** -0.5
         self.encoder = Encoder(bound, config.n_features)
         self.decoder = Decoder(0.0 if config.decoder_initialization == "zeros" else bound)
@@ -138,7 +143,11 @@ class GradiendModel(PreTrainedModel):
                 indices.fill_(-1)  # no such entry: indices that never came raise on use
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The submodule at a dotted path, also where a base name is an attribute of `nn.Module`."""
+        """The submodule at a dotted path, also where a base name is an attribute of `nn.Module`.
+
+        Raises:
+            AttributeError: If there is none.
+        """
         module: nn.Module = self
         for part in target.split(".") if target else []:
             found = module._modules.get(part)
@@ -156,8 +165,8 @@ class GradiendModel(PreTrainedModel):
         """Encodings of gradients.
 
         Args:
-            gradients: One tensor per base parameter, of the parameter's shape `(*batch, *shape)`; for
-                a sparse GRADIEND the selected values `(*batch, k)` serve as well.
+            gradients: One tensor per base parameter, of the parameter's shape `(*batch, *shape)`;
+                for a sparse GRADIEND the selected values `(*batch, k)` serve as well.
 
         Returns:
             h of shape `(*batch, n_features)`, in [−1, 1], float32.
@@ -259,17 +268,18 @@ class GradiendModel(PreTrainedModel):
 
     @torch.no_grad()
     def energy_by_parameter(
-        self, feature_factor: float | Sequence[float] = 1.0
+        self, feature_factor: float | Sequence[float] | None = None
     ) -> dict[str, float]:
         """Squared norm of each base parameter's part of the decoder direction h·W_d.
 
         Args:
-            feature_factor: h; with one feature only its scale matters.
+            feature_factor: h, one number per feature; `None` for ones.
 
         Returns:
             Squared Euclidean norms, keyed by base parameter name.
         """
-        h = torch.as_tensor(feature_factor, dtype=torch.float32, device=self.device).reshape(-1)
+        factors = [1.0] * self.config.n_features if feature_factor is None else feature_factor
+        h = torch.as_tensor(factors, dtype=torch.float32, device=self.device).reshape(-1)
         return {
             name: float(torch.tensordot(h, self.decoder.weight.at(name).float(), 1).square().sum())
             for name in self.names
@@ -283,7 +293,7 @@ class GradiendModel(PreTrainedModel):
         include_code: bool = False,
         **kwargs: object,
     ) -> None:
-        """Write config.json and (sharded) safetensors; an interrupted call leaves the folder as it was.
+        """Write config.json and (sharded) safetensors; interrupted, it leaves the folder as it was.
 
         Args:
             save_directory: Folder to write to; made where it does not exist.
@@ -336,7 +346,8 @@ class GradiendModel(PreTrainedModel):
         Args:
             base_model: Base model that this GRADIEND was made for.
             processing_class: Its tokenizer.
-            dataset: Feature data set (`text` with the slot `[TARGET]`, `factual`, `counterfactual`).
+            dataset: Feature data set (`text` with the slot `[TARGET]`, `factual`,
+                `counterfactual`).
             batch_size: Texts per forward pass.
             max_length: Longest input in tokens; `None` for the model's limit, at most 256.
             progress: Show a progress bar.
@@ -362,7 +373,7 @@ class GradiendModel(PreTrainedModel):
         feature_factor: float | Sequence[float] | None = None,
         step_size: float | None = None,
     ) -> AbstractContextManager[PreTrainedModel]:
-        """Context in which the base model carries θ + α·dec(h); afterwards its bits are the old ones.
+        """Context in which the base model carries θ + α·dec(h); then its bits are the old ones.
 
         Args:
             base_model: Base model that this GRADIEND was made for; edited in place.
@@ -389,12 +400,16 @@ class GradiendModel(PreTrainedModel):
         """
         return _package("edits").merge_into(self, base_model, feature_factor, step_size)
 
-    # ---- helpers ----------------------------------------------------------------------------------
+    # ---- helpers --------------------------------------------------------------------------------
 
     def _values(
         self, entry: Mapping, gradients: Mapping[str, Tensor]
     ) -> tuple[Tensor, tuple[int, ...]]:
-        """Selected values and batch shape of one gradient, `(*batch, *values_shape)`."""
+        """Selected values and batch shape of one gradient, `(*batch, *values_shape)`.
+
+        Raises:
+            ValueError: If the gradient is missing or has another shape.
+        """
         name, shape = entry["name"], tuple(entry["shape"])
         if name not in gradients:
             raise ValueError(
@@ -410,8 +425,8 @@ class GradiendModel(PreTrainedModel):
         if entry["n_selected"] is not None and gradient.shape[-1:] == (entry["n_selected"],):
             return gradient, tuple(gradient.shape[:-1])
         raise ValueError(
-            f"Expected a gradient of shape (*batch, {', '.join(map(str, shape))}) for {name!r}, but "
-            f"got {tuple(gradient.shape)}."
+            f"Expected a gradient of shape (*batch, {', '.join(map(str, shape))}) for {name!r}, "
+            f"but got {tuple(gradient.shape)}."
         )
 
     def _decoded_values(self, name: str, h: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 This is the only module that orders, flattens or slices weights. A `ParameterSelection` is a list of
 parameters in `named_parameters()` order; of each it takes every entry (dense) or the entries at
-sorted flat indices (sparse). "Values" below means the selected entries of one parameter: a tensor of
-the parameter's own shape when dense, of shape `(k,)` when sparse.
+sorted flat indices (sparse). "Values" below means the selected entries of one parameter: a tensor
+of the parameter's own shape when dense, of shape `(k,)` when sparse.
 """
 
 import difflib
@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,8 +156,8 @@ class ParameterSelection:
         if problems:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CompatibilityError(
-                f"Expected a base model with the {len(self):,} parameters of this selection, but in "
-                f"{type(model).__name__} {'; '.join(problems[:3])}{more}. "
+                f"Expected a base model with the {len(self):,} parameters of this selection, but "
+                f"in {type(model).__name__} {'; '.join(problems[:3])}{more}. "
                 f"Load the base model that the GRADIEND names."
             )
         return parameters
@@ -210,7 +211,8 @@ class ParameterSelection:
         if vector.shape[-1] != self.n_selected:
             raise SelectionError(
                 f"Expected a vector of {self.n_selected:,} entries, one per selected base-model "
-                f"weight, but got {vector.shape[-1]:,}. Was it made for another parameter selection?"
+                f"weight, but got {vector.shape[-1]:,}. Was it made for another parameter "
+                f"selection?"
             )
         chunks = vector.split([entry.n_selected for entry in self.entries], dim=-1)
         return {
@@ -230,8 +232,8 @@ class ParameterSelection:
             that keep no weight are left out. Ties at the threshold are broken by position.
 
         Raises:
-            SelectionError: If the fraction is outside (0, 1], or a score has another shape or is not
-                a number.
+            SelectionError: If the fraction is outside (0, 1], or a score has another shape or is
+                not a number.
         """
         if not 0.0 < fraction <= 1.0:
             raise SelectionError(f"Expected a fraction to keep in (0, 1], but got {fraction!r}.")
@@ -264,7 +266,7 @@ class ParameterSelection:
         return ParameterSelection(tuple(entries))
 
     def positions_in(self, larger: "ParameterSelection") -> dict[str, Tensor]:
-        """For each parameter, where this selection's entries stand among a larger selection's values.
+        """For each parameter, where its entries stand among a larger selection's values.
 
         Args:
             larger: Selection that contains this one.
@@ -338,20 +340,34 @@ def select_parameters(
     )
 
 
+class _Layout(Protocol):
+    """What `selection_of` needs of a `GradiendConfig`, whose module stands above this one."""
+
+    parameters: list[dict]
+
+
+class _IndexTree(Protocol):
+    """What `selection_of` needs of a `GradiendModel`'s `indices`; that module stands above too."""
+
+    def at(self, name: str) -> Tensor: ...
+
+
 def selection_of(model: nn.Module) -> ParameterSelection:
     """The selection that a `GradiendModel` covers, from its configuration and index buffers.
 
     Args:
         model: A `GradiendModel`.
     """
+    config = cast("_Layout", model.config)
+    indices = cast("_IndexTree", model.indices)
     return ParameterSelection(
         tuple(
             SelectedParameter(
                 entry["name"],
                 tuple(entry["shape"]),
-                None if entry["n_selected"] is None else model.indices.at(entry["name"]),
+                None if entry["n_selected"] is None else indices.at(entry["name"]),
             )
-            for entry in model.config.parameters
+            for entry in config.parameters
         )
     )
 

@@ -2,9 +2,12 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -30,9 +33,29 @@ SENTENCES = (
 )
 
 
-def _word_level_tokenizer() -> PreTrainedTokenizerFast:
+# A language in which the name decides the pronoun, and nothing else does.
+NAMES = {
+    "F": "anna mary lucy emma clara rose alice helen julia laura nora ruth".split(),
+    "M": "paul john mark peter adam carl david eric frank henry jack luke".split(),
+}
+PRONOUNS = {"F": "she", "M": "he"}
+SENTENCES_OF_A_NAME = (
+    "{} said that [TARGET] was late .",
+    "{} went home because [TARGET] was tired .",
+    "when {} came home , [TARGET] was late .",
+    "the doctor said that {} was late because [TARGET] was tired .",
+    "{} and the nurse said that [TARGET] went home .",
+    "because {} was tired , [TARGET] took the day off .",
+    "the nurse took {} home when [TARGET] was tired .",
+    "{} took the coat that [TARGET] put on .",
+)
+# Names that the base model knows, but that the GRADIEND is not trained on, tell whether it generalises.
+NAMES_OF_SPLITS = {"train": slice(0, 6), "validation": slice(6, 9), "test": slice(9, 12)}
+
+
+def _word_level_tokenizer(sentences: Sequence[str]) -> PreTrainedTokenizerFast:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = sorted({word for sentence in SENTENCES for word in sentence.split()})
+    words = sorted({word for sentence in sentences for word in sentence.split()})
     vocabulary = {token: number for number, token in enumerate(special + words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -50,7 +73,7 @@ def _word_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
+def _byte_level_tokenizer(sentences: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,7 +83,7 @@ def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.train_from_iterator(sentences, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
@@ -115,7 +138,10 @@ def _llama(vocabulary_size: int) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def session_tokenizers() -> dict[str, PreTrainedTokenizerFast]:
-    return {"masked": _word_level_tokenizer(), "causal": _byte_level_tokenizer()}
+    return {
+        "masked": _word_level_tokenizer(SENTENCES),
+        "causal": _byte_level_tokenizer(SENTENCES),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -165,6 +191,116 @@ def tiny_llama(session_models) -> LlamaForCausalLM:
 def tiny_model(request, session_models) -> PreTrainedModel:
     """Each of the tiny models in turn."""
     return copy.deepcopy(session_models[request.param])
+
+
+@dataclass(frozen=True)
+class PlantedFeature:
+    """A tiny base model that has learned which pronoun goes with which name.
+
+    Args:
+        model: The base model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        data: Feature data set of the names; no name stands in two splits.
+        learned: Share of the texts whose own pronoun the model prefers.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    data: DatasetDict
+    learned: float
+
+
+def _feature_rows(split: str) -> list[dict[str, str]]:
+    return [
+        {
+            "text": sentence.format(name),
+            "factual": PRONOUNS[label],
+            "counterfactual": PRONOUNS[other],
+            "factual_class": label,
+            "counterfactual_class": other,
+            "name": name,
+        }
+        for label, other in (("F", "M"), ("M", "F"))
+        for name in NAMES[label][NAMES_OF_SPLITS[split]]
+        for sentence in SENTENCES_OF_A_NAME
+    ]
+
+
+def _learn_pronouns(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]
+) -> int:
+    """Train on the pronouns with plain PyTorch; the number of texts that the model then gets right."""
+    filled = [row["text"].replace("[TARGET]", row["factual"]) for row in rows]
+    encoded = tokenizer(filled, padding=True, return_tensors="pt")
+    ids, attention = encoded["input_ids"], encoded["attention_mask"]
+    space = "" if tokenizer.mask_token else " "
+    pronouns = torch.tensor(
+        [tokenizer(space + word, add_special_tokens=False)["input_ids"] for word in ("she", "he")]
+    ).squeeze(1)
+    is_pronoun = torch.isin(ids, pronouns)
+    labels = torch.tensor([row["factual_class"] == "M" for row in rows]).long()
+    # 85 %, not all: a model that is sure of itself has no gradients to learn a feature from.
+    wanted = torch.zeros(len(rows), len(tokenizer))
+    wanted[torch.arange(len(rows)), pronouns[labels]] = 0.85
+    wanted[torch.arange(len(rows)), pronouns[1 - labels]] = 0.15
+    read = is_pronoun if tokenizer.mask_token else is_pronoun.roll(-1, dims=1)
+    if tokenizer.mask_token:
+        ids = ids.masked_fill(is_pronoun, tokenizer.mask_token_id)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)  # from 0.02, where attention takes hundreds of steps to move
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        logits = model(input_ids=ids, attention_mask=attention).logits[read]
+        loss = torch.nn.functional.cross_entropy(logits, wanted)
+        if loss.item() < 0.45:  # the least is the entropy of 85 %, 0.423 nats
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.zero_grad()
+    return int((logits[:, pronouns].argmax(-1) == labels).sum())
+
+
+@pytest.fixture(scope="session")
+def session_planted() -> Callable[[str], PlantedFeature]:
+    """Function of a kind, "bert" or "gpt2", that makes its model once."""
+    rows = {split: _feature_rows(split) for split in NAMES_OF_SPLITS}
+    everything = [row for part in rows.values() for row in part]
+    sentences = [row["text"].replace("[TARGET]", row["factual"]) for row in everything]
+    makers = {"bert": (_word_level_tokenizer, _bert), "gpt2": (_byte_level_tokenizer, _gpt2)}
+
+    @lru_cache
+    def make(kind: str) -> PlantedFeature:
+        make_tokenizer, make_model = makers[kind]
+        tokenizer = make_tokenizer([*SENTENCES, *sentences])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = make_model(len(tokenizer)).eval()  # no dropout: it learns in fewer steps
+            n_right = _learn_pronouns(model, tokenizer, everything)
+        data = DatasetDict({split: Dataset.from_list(part) for split, part in rows.items()})
+        return PlantedFeature(model, tokenizer, data, n_right / len(everything))
+
+    return make
+
+
+@pytest.fixture
+def planted_bert(session_planted) -> PlantedFeature:
+    """A masked model that knows a feature."""
+    return copy.deepcopy(session_planted("bert"))
+
+
+@pytest.fixture
+def planted_gpt2(session_planted) -> PlantedFeature:
+    """A causal model that knows a feature."""
+    return copy.deepcopy(session_planted("gpt2"))
+
+
+@pytest.fixture(params=["bert", "gpt2"])
+def planted(request, session_planted) -> PlantedFeature:
+    """Each of the models that know a feature in turn."""
+    return copy.deepcopy(session_planted(request.param))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    """Edit and save; where no edit is given or stored, choose one on the package's occupations."""
+    """Edit and save; where no edit is given or stored, choose one on the package's occupations.
+
+    Raises:
+        ConfigError: If half an edit is given, or none is given or stored and none can be chosen.
+    """
     if (args.feature_factor is None) != (args.step_size is None):
         raise ConfigError(
             "Expected --feature_factor and --step_size together, but got one of them."
@@ -39,8 +43,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         )
         if judged is None:
             raise ConfigError(
-                "Expected an edit that is better than the base model, but none was found within the "
-                "limits. Pass --feature_factor and --step_size to write one all the same."
+                "Expected an edit that is better than the base model, but none was found within "
+                "the limits. Pass --feature_factor and --step_size to write one all the same."
             )
         h, alpha = judged.choice.feature_factor, judged.choice.step_size
     gradiend.merge_into(base_model, h, alpha)

@@ -25,7 +25,8 @@ def load_gradiend(path: str) -> GradiendModel:
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ConfigError(
-            f"Expected the folder or Hub id of a GRADIEND, but {path!r} could not be loaded: {first_line}"
+            f"Expected the folder or Hub id of a GRADIEND, but {path!r} could not be loaded: "
+            f"{first_line}"
         ) from error
 
 
@@ -41,7 +42,8 @@ def load_gradiend_and_base(
     name = args.base_model or gradiend.config.base_model_name_or_path
     if name is None:
         raise CompatibilityError(
-            f"Expected a base model, but the GRADIEND {args.gradiend!r} names none. Pass --base_model."
+            f"Expected a base model, but the GRADIEND {args.gradiend!r} names none. "
+            f"Pass --base_model."
         )
     model, tokenizer = load_base_model(name, objective=gradiend.config.objective)
     return gradiend, model, tokenizer
@@ -72,7 +74,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def encoder_table(splits: Mapping[str, Mapping]) -> str:
-    """Correlation and accuracy of each split with their 95 % intervals, from a report's dictionary."""
+    """Correlation and accuracy of each split with 95 % intervals, from a report's dictionary."""
     rows = [["split", "n", "correlation", "95 % interval", "accuracy", "95 % interval"]]
     for name, split in splits.items():
         r, a = split["correlation"], split["accuracy"]

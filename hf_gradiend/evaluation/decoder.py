@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradiend.base_models import evaluation_mode, objective_of
+from hf_gradiend.base_models import evaluation_mode, objective_of, pad_token_id_of
 from hf_gradiend.data.collation import batches_by_length, collate, prepare_texts
 from hf_gradiend.edits import WeightEditor
 from hf_gradiend.errors import DataError, NumericalError
@@ -27,7 +27,8 @@ class EditMeasures:
         p_plus: Mean probability P₊ of the + class's words.
         p_minus: Mean probability P₋ of the − class's words.
         lm_score: Language-model score on neutral text, in [0, 1]; higher is better.
-        bpi: Balanced index LMS · mean[(1 − |P₊ − P₋|)(P₊ + P₋)], in [0, 1]; higher is more balanced.
+        bpi: Balanced index LMS · mean[(1 − |P₊ − P₋|)(P₊ + P₋)], in [0, 1]; higher is more
+            balanced.
         fpi: + class index LMS · mean[(1 − P₋) · P₊], in [0, 1].
         mpi: − class index LMS · mean[(1 − P₊) · P₋], in [0, 1].
 
@@ -46,7 +47,7 @@ class EditMeasures:
 
     @classmethod
     def of(cls, probabilities: Tensor, lm_score: float) -> "EditMeasures":
-        """Measures from probabilities `(texts, 2)` of the + and − class and a language-model score."""
+        """Measures from probabilities `(texts, 2)` of the + and − class and the LM score."""
         plus, minus = probabilities.double().unbind(1)
         mass = plus + minus
         return cls(
@@ -85,7 +86,8 @@ class EditChoice:
         step_size: α of the edit.
         before: The base model on the texts of the choice.
         after: The edited model on the same texts.
-        tried: The edits that were measured in full, in order: each was better than the best before it.
+        tried: The edits that were measured in full, in order: each was better than the best
+            before it.
     """
 
     feature_factor: float
@@ -127,7 +129,7 @@ class EditProbe:
         texts = prepare_texts(rows, processing_class, objective, words=("word",))
         self.n_texts = texts.n_rows
         self.batches = [
-            ([text.index for text in group], collate(group, processing_class.pad_token_id or 0))
+            ([text.index for text in group], collate(group, pad_token_id_of(processing_class)))
             for group in batches_by_length(texts, batch_size)
         ]
         self.language = LanguageModelProbe(
@@ -198,8 +200,8 @@ def choose_edit(
     """The edit (h, α) with the least imbalance that keeps the model's abilities.
 
     A bracketed search: α doubles, with either sign at h = 0, from 1e-5 of the weights' norm until a
-    limit is broken or it no longer helps; from the best point a compass search over log|α| and h halves its steps
-    until they are small. Edits are applied in place and undone bit for bit.
+    limit is broken or it no longer helps; from the best point a compass search over log|α| and h
+    halves its steps until they are small. Edits are applied in place and undone bit for bit.
 
     Args:
         gradiend: GRADIEND of one feature.

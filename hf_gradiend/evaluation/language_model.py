@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradiend.base_models import Objective, check_tokenizer, evaluation_mode
+from hf_gradiend.base_models import (
+    Objective,
+    check_tokenizer,
+    evaluation_mode,
+    pad_token_id_of,
+)
 from hf_gradiend.data.collation import DEFAULT_MAX_LENGTH
 from hf_gradiend.errors import DataError, NumericalError
 from hf_gradiend.gradients.objectives import head_at_sites
@@ -34,15 +40,16 @@ class LanguageModelProbe:
         batch_size: Texts per forward pass.
         max_length: Longest input in tokens; the rest of a text is not read.
         mask_share: Share of the tokens to mask for a masked model, in (0, 1).
-        n_draws: Number of times a masked model reads each text, each time with other masks. One draw
-            over a hundred sentences moves in steps of about 1 %, the size of what is to be seen.
+        n_draws: Number of times a masked model reads each text, each time with other masks. One
+            draw over a hundred sentences moves in steps of about 1 %, the size of what is to be
+            seen.
         seed: Seed of the masks.
 
     Raises:
         DataError: If no token of the texts can be scored.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the texts, how to read them, and how to draw the masks
         self,
         texts: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
@@ -65,9 +72,10 @@ class LanguageModelProbe:
         # Drawn text by text, so that the masks do not depend on batches and padding.
         draws = [torch.rand(n_draws, len(row), generator=generator) for row in rows]
         special_ids = torch.tensor(tokenizer.all_special_ids)
+        mask_token_id = cast("int", tokenizer.mask_token_id)
         self.batches: list[_ScoredBatch] = []
         for start in range(0, len(rows), batch_size):
-            batch = _pad(rows[start : start + batch_size], tokenizer.pad_token_id or 0)
+            batch = _pad(rows[start : start + batch_size], pad_token_id_of(tokenizer))
             ordinary = (batch[1] == 1) & ~torch.isin(batch[0], special_ids)
             if objective == "causal":
                 scored = [self._causal(batch, ordinary)]
@@ -76,14 +84,15 @@ class LanguageModelProbe:
                 for row, draw in enumerate(draws[start : start + batch_size]):
                     drawn[:, row, : draw.shape[1]] = draw
                 scored = [
-                    self._masked(batch, (draw < mask_share) & ordinary, tokenizer.mask_token_id)
+                    self._masked(batch, (draw < mask_share) & ordinary, mask_token_id)
                     for draw in drawn
                 ]
             self.batches += [part for part in scored if part.labels.numel()]
         self.n_tokens = sum(batch.labels.numel() for batch in self.batches)
         if not self.n_tokens:
             raise DataError(
-                f"Expected neutral texts with tokens to score, but the {len(texts):,} texts have none."
+                f"Expected neutral texts with tokens to score, but the {len(texts):,} texts have "
+                f"none."
             )
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ Cards, tables and figures are made from it and from nothing else.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,8 @@ class JudgedEdit:
         before: The base model on the texts of the judgement.
         after: The edited model on the same texts.
         occupations: For each occupation of the picture the mean probabilities before and after.
-        sweep: Measures against the step size at h = 0 and at the chosen h, on the judgement's texts.
+        sweep: Measures against the step size at h = 0 and at the chosen h, on the judgement's
+            texts.
     """
 
     choice: EditChoice
@@ -64,8 +66,8 @@ def feature_words(gradiend: GradiendModel) -> tuple[list[str], list[str]]:
     config = gradiend.config
     if not config.feature_classes or not config.feature_words:
         raise ConfigError(
-            "Expected a GRADIEND that names its classes and their words, but its configuration has none. "
-            "Set config.feature_classes and config.feature_words."
+            "Expected a GRADIEND that names its classes and their words, but its configuration has "
+            "none. Set config.feature_classes and config.feature_words."
         )
     positive, negative = config.feature_classes[0]
     return list(config.feature_words[positive]), list(config.feature_words[negative])
@@ -119,8 +121,8 @@ def choose_gender_edit(
         gradiend: GRADIEND of she against he.
         base_model: Its base model; left as it was.
         processing_class: The base model's tokenizer.
-        neutral_texts: Texts for the language-model score, the first half for the choice and the second
-            for the judgement; `None` for the package's own.
+        neutral_texts: Texts for the language-model score, the first half for the choice and the
+            second for the judgement; `None` for the package's own.
         max_trials: Largest number of edits to try.
         with_sweep: Measure the curves for the picture as well.
         progress: Show progress bars.
@@ -133,21 +135,30 @@ def choose_gender_edit(
     """
     if not is_gender(gradiend):
         raise ConfigError(
-            f"Expected a GRADIEND of she against he for the package's occupation texts, but it is one of "
-            f"{feature_words(gradiend)}. Use EditProbe and choose_edit with texts of your own."
+            f"Expected a GRADIEND of she against he for the package's occupation texts, but it is "
+            f"one of {feature_words(gradiend)}. Use EditProbe and choose_edit with texts of your "
+            f"own."
         )
     words = feature_words(gradiend)
     chosen_on, judged_on = _neutral_passages(neutral_texts)
     choosing = EditProbe(
-        list(occupation_prompts("choose")), words, chosen_on, base_model, processing_class
+        _rows(occupation_prompts("choose")), words, chosen_on, base_model, processing_class
     )
-    choice = choose_edit(gradiend, choosing, max_trials=max_trials, progress=progress)
+    # A little inside the limits of 0.99 and 0.75, which the edit has to keep on other texts.
+    choice = choose_edit(
+        gradiend,
+        choosing,
+        lm_floor=0.993,
+        mass_floor=0.78,
+        max_trials=max_trials,
+        progress=progress,
+    )
     if choice is None:
         return None
     judging = EditProbe(
-        list(occupation_prompts("judge")), words, judged_on, base_model, processing_class
+        _rows(occupation_prompts("judge")), words, judged_on, base_model, processing_class
     )
-    pictures = list(picture_prompts())
+    pictures = _rows(picture_prompts())
     picture = EditProbe(pictures, words, judged_on[:1], base_model, processing_class)
     before, shown_before = judging.measure(), picture.probabilities()
     h, alpha = choice.feature_factor, choice.step_size
@@ -155,7 +166,7 @@ def choose_gender_edit(
         after, shown_after = judging.measure(), picture.probabilities()
     curves = []
     if with_sweep:
-        multiples = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+        multiples = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
         factors = sorted({0.0, h})
         points = sweep(
             gradiend, judging, factors, [alpha * m for m in multiples], progress=progress
@@ -225,9 +236,9 @@ def build_report(
 def _neutral_passages(texts: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """Neutral texts to choose and to judge on, in passages of five sentences.
 
-    A sentence on its own is mostly sentence start, which an edit changes most and a model in use seldom
-    sees: on SmolLM2 an edit that keeps 0.999 of the score on passages keeps 0.987 on the same sentences
-    one by one.
+    A sentence on its own is mostly sentence start, which an edit changes most and a model in use
+    seldom sees: on SmolLM2 an edit that keeps 0.999 of the score on passages keeps 0.987 on the
+    same sentences one by one.
     """
     if texts is None:
         neutral = build_neutral_texts()
@@ -235,10 +246,12 @@ def _neutral_passages(texts: Sequence[str] | None) -> tuple[list[str], list[str]
         parts.append(list(neutral["test"]["text"]))
     else:
         parts = [list(texts[: len(texts) // 2]), list(texts[len(texts) // 2 :])]
-    first, second = (
-        [" ".join(part[i : i + 5]) for i in range(0, len(part), 5)] for part in parts
-    )
+    first, second = ([" ".join(part[i : i + 5]) for i in range(0, len(part), 5)] for part in parts)
     return first, second
+
+
+def _rows(prompts: Dataset) -> list[dict[str, str]]:
+    return cast("list[dict[str, str]]", list(prompts))  # datasets does not say what its rows are
 
 
 def _mean_of(probabilities, names: Sequence[str], name: str) -> dict[str, float]:  # noqa: ANN001

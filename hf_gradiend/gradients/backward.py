@@ -63,8 +63,8 @@ class GradientStream:
 
         Args:
             loss: Scalar with a graph over the base model.
-            consume: Takes a parameter's name and its gradient of the parameter's shape and dtype; the
-                tensor is freed after the call. Parameters that the loss does not reach are not
+            consume: Takes a parameter's name and its gradient of the parameter's shape and dtype;
+                the tensor is freed after the call. Parameters that the loss does not reach are not
                 handed over.
             retain_graph: Keep the graph for another loss of the same forward pass.
         """
@@ -92,6 +92,9 @@ def gradient_stream(
     Args:
         model: Base model.
         selection: Parameters whose gradients are wanted.
+
+    Yields:
+        The stream of the base model's gradients.
     """
     parameters = selection.parameters(model)
     chosen = {id(parameter) for parameter in parameters.values()}
@@ -130,8 +133,8 @@ def gradients(
         sides: Which of `"factual"`, `"counterfactual"` and `"diff"`.
 
     Returns:
-        For each side, selected values per parameter name (shape `values_shape`), float32, in nats per
-        unit of weight; zero where the loss does not depend on a parameter. Holds
+        For each side, selected values per parameter name (shape `values_shape`), float32, in nats
+        per unit of weight; zero where the loss does not depend on a parameter. Holds
         `len(sides) · n_selected` numbers.
 
     Raises:

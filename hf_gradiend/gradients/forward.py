@@ -1,12 +1,12 @@
 """Encodings without a gradient: one forward-mode pass gives W_e·∇L for every text of a batch.
 
 W_e·∇L is the directional derivative of the loss along W_e. Every selected parameter carries W_e as
-its tangent through a forward pass; the tangent of each log-probability is then what the encoder would
-have read from that token's gradient. No backward pass, no vector of n numbers per text.
+its tangent through a forward pass; the tangent of each log-probability is then what the encoder
+would have read from that token's gradient. No backward pass, no vector of n numbers per text.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradiend.base_models import evaluation_mode, objective_of
+from hf_gradiend.base_models import evaluation_mode, objective_of, pad_token_id_of
 from hf_gradiend.data.collation import (
     PreparedTexts,
+    Rows,
     TargetBatch,
     batches_by_length,
     collate,
@@ -68,8 +69,8 @@ def directional_derivatives(
     attention = getattr(model.config, "_attn_implementation", None)
     if attention not in _DIFFERENTIABLE_ATTENTION:
         raise BaseModelError(
-            f"Expected a base model with eager or sdpa attention, which have a forward derivative, but "
-            f"got {attention!r}. Call model.set_attn_implementation('sdpa') first."
+            f"Expected a base model with eager or sdpa attention, which have a forward derivative, "
+            f"but got {attention!r}. Call model.set_attn_implementation('sdpa') first."
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # The fused attention kernels have no forward derivative; the MATH backend has.
@@ -93,7 +94,7 @@ def directional_derivatives(
 
 
 class _Scorer(nn.Module):
-    """The scores of a batch as a module's forward pass, which `functional_call` can swap weights in.
+    """The scores of a batch as a module's forward pass, where `functional_call` can swap weights.
 
     `functional_call` gives tied weights one shared dual tensor.
     """
@@ -146,8 +147,8 @@ def project_texts(
         progress: Text of a progress bar; `None` for no bar.
 
     Returns:
-        Projections of shape `(rows of the data set, words)`, float32, on the CPU; NaN for texts that
-        were skipped.
+        Projections of shape `(rows of the data set, words)`, float32, on the CPU; NaN for texts
+        that were skipped.
 
     Raises:
         NumericalError: If a projection of a text is NaN or infinite.
@@ -184,7 +185,7 @@ def encode_texts(
     gradiend,  # noqa: ANN001 - a GradiendModel; modeling stands after gradients
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Iterable[Mapping[str, str]],
+    dataset: Rows,
     *,
     batch_size: int = 32,
     max_length: int | None = None,
@@ -217,7 +218,7 @@ def encode_texts(
             texts,
             selection,
             {name: gradiend.encoder.weight.at(name)[feature] for name in gradiend.names},
-            pad_token_id=tokenizer.pad_token_id or 0,  # masked out; GPT-2's tokenizer has none
+            pad_token_id=pad_token_id_of(tokenizer),
             batch_size=batch_size,
             progress="Encoding texts" if progress else None,
         )

@@ -13,8 +13,8 @@ from hf_gradiend.errors import BaseModelError
 def target_log_probabilities(model: PreTrainedModel, batch: TargetBatch) -> Tensor:
     """Log-probability of each word at the slot of each text.
 
-    The head runs at the read positions only. −log p is the token loss of the paper; a word of several
-    tokens has the sum over its tokens, a text of several slots the mean over its slots.
+    The head runs at the read positions only. −log p is the token loss of the paper; a word of
+    several tokens has the sum over its tokens, a text of several slots the mean over its slots.
 
     Args:
         model: Masked or causal language model with its head.
@@ -27,15 +27,19 @@ def target_log_probabilities(model: PreTrainedModel, batch: TargetBatch) -> Tens
 
 
 def site_log_probabilities(model: PreTrainedModel, batch: TargetBatch) -> Tensor:
-    """Log-probabilities of the whole vocabulary at each site, of shape `(sites, vocabulary)`."""
+    """Log-probabilities of the whole vocabulary at each site, of shape `(sites, vocabulary)`.
+
+    Raises:
+        BaseModelError: If the model's logits have another shape than its input asks for.
+    """
     with head_at_sites(model, batch.site_rows, batch.site_positions) as at_sites:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     if not at_sites:
         logits = logits[batch.site_rows, batch.site_positions].unsqueeze(0)
     if logits.shape[:2] != (1, batch.site_rows.numel()):
         raise BaseModelError(
-            f"Expected logits at {batch.site_rows.numel()} positions from {type(model).__name__}, but "
-            f"got shape {tuple(logits.shape)}. This architecture is not supported."
+            f"Expected logits at {batch.site_rows.numel()} positions from {type(model).__name__}, "
+            f"but got shape {tuple(logits.shape)}. This architecture is not supported."
         )
     return logits[0].float().log_softmax(-1)  # (1, sites, vocabulary) -> (sites, vocabulary)
 
@@ -68,9 +72,9 @@ def side_scores(scores: Tensor, side: str) -> Tensor:
 def head_at_sites(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> Iterator[bool]:
     """Let the head see the hidden states at some positions only.
 
-    Every transformers language model hands its backbone's first output to its head, so a hook on the
-    backbone serves all heads, with their own scalings and caps. On a vocabulary of 262k the head is
-    most of a small model.
+    Every transformers language model hands its backbone's first output to its head, so a hook on
+    the backbone serves all heads, with their own scalings and caps. On a vocabulary of 262k the
+    head is most of a small model.
 
     Args:
         model: Language model.
@@ -78,8 +82,8 @@ def head_at_sites(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> It
         positions: Position in its row, of shape `(sites,)`.
 
     Yields:
-        Whether logits then have shape `(1, sites, vocabulary)`; False where the model has no separate
-        backbone, and its logits are those of the whole batch.
+        Whether logits then have shape `(1, sites, vocabulary)`; False where the model has no
+        separate backbone, and its logits are those of the whole batch.
     """
     backbone = model.base_model
     if backbone is model:

@@ -16,21 +16,27 @@ _HONOURED = {
     "lr_scheduler_type", "logging_strategy", "logging_steps", "logging_first_step", "logging_dir",
     "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "seed",
     "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "load_best_model_at_end",
-    "metric_for_best_model", "greater_is_better", "log_level", "do_train", "do_eval", "do_predict",
+    "metric_for_best_model", "greater_is_better", "do_train", "do_eval", "do_predict",
     "resume_from_checkpoint", "overwrite_output_dir", "eval_delay", "trackio_space_id",
 }  # fmt: skip
+# What each solver (or option) alone reads: "adamw" has steps, the closed form has none.
+_OF_ADAMW = (
+    "n_seeds", "warm_start", "max_steps", "num_train_epochs", "learning_rate", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "decoder_initialization",
+)  # fmt: skip
 
 
 @dataclass
 class GradiendTrainingArguments(TrainingArguments):
     """Arguments of `GradiendTrainer`; only what it adds to `transformers.TrainingArguments`.
 
-    The defaults of `learning_rate` (1e-5), `weight_decay` (1e-2), `adam_epsilon` (1e-8) and batch size
-    (32) are the paper's (section 4, "Training"), without a schedule. An argument of
+    The defaults of `learning_rate` (1e-5), `weight_decay` (1e-2), `adam_epsilon` (1e-8) and batch
+    size (32) are the paper's (section 4, "Training"), without a schedule. An argument of
     `TrainingArguments` that this trainer does not act upon is an error when set.
 
     Args:
-        solver: `"closed_form"` (one pass over class means, no optimiser) or `"adamw"` (the paper's).
+        solver: `"closed_form"` (one pass over class means, no optimiser) or `"adamw"` (the
+            paper's).
         parameters: Which base-model weights: `"layers"`, `"backbone"` or patterns of names.
         source: Gradient that the encoder reads: `"factual"`, `"counterfactual"` or `"diff"`.
         target: Gradient that the decoder reproduces; same choices.
@@ -60,7 +66,7 @@ class GradiendTrainingArguments(TrainingArguments):
     adam_epsilon: float = 1e-8
     lr_scheduler_type: str = "constant"  # pyright: ignore[reportIncompatibleVariableOverride]
     logging_steps: float = 1
-    report_to: None | str | list[str] = "none"
+    report_to: str | list[str] | None = "none"
     save_strategy: str = "steps"  # pyright: ignore[reportIncompatibleVariableOverride]
     eval_strategy: str = "steps"  # pyright: ignore[reportIncompatibleVariableOverride]
     eval_steps: float | None = 25
@@ -89,16 +95,20 @@ class GradiendTrainingArguments(TrainingArguments):
         """Validate everything at once, before any work.
 
         Raises:
-            ConfigError: If a value is not allowed, or an argument is set that would be ignored.
+            ConfigError: If a value is not allowed, contradicts another one, or would be ignored.
         """
         if isinstance(self.parameters, str):
             self.parameters = [self.parameters]
-        problems = [*self._out_of_range(), *self._without_effect()]
+        problems = [*self._not_offered(), *self._out_of_range(), *self._without_effect()]
         if problems:
             raise ConfigError(f"GradiendTrainingArguments expected {'; and '.join(problems)}.")
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # transformers' own checks of arguments against each other
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"Expected arguments that fit together, but {reason}") from error
 
-    def _out_of_range(self) -> list[str]:
+    def _not_offered(self) -> list[str]:
         problems: list[str] = []
         for name, allowed in (
             ("solver", ("closed_form", "adamw")),
@@ -106,34 +116,59 @@ class GradiendTrainingArguments(TrainingArguments):
             ("target", SIDES),
             ("decoder_initialization", ("zeros", "uniform")),
             ("lr_scheduler_type", ("constant",)),
+            # Steps are what this trainer counts; it has no epoch to end.
+            ("logging_strategy", ("no", "steps")),
+            ("eval_strategy", ("no", "steps")),
+            ("save_strategy", ("no", "steps")),
+            ("metric_for_best_model", ("correlation", "eval_correlation", None)),
+            ("greater_is_better", (True, None)),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(repr(value) for value in allowed)
                 problems.append(f"{name} to be one of {choices}, but got {getattr(self, name)!r}")
-        for name in ("prune_fraction", "top_k", "calibration_fraction"):
+        return problems
+
+    def _out_of_range(self) -> list[str]:
+        problems: list[str] = []
+        for name in ("prune_fraction", "top_k"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value <= 1.0:
                 problems.append(f"{name} to be in (0, 1], but got {value!r}")
-        for name in ("n_seeds", "prune_texts", "max_train_texts", "max_eval_texts", "max_length"):
+        if not 0.0 < self.calibration_fraction < 1.0:
+            value = self.calibration_fraction
+            problems.append(f"calibration_fraction to be in (0, 1), but got {value!r}")
+        for name in (
+            "n_seeds", "prune_texts", "max_train_texts", "max_eval_texts", "max_length",
+            "per_device_train_batch_size", "per_device_eval_batch_size",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} to be at least 1, but got {value!r}")
-        if self.feature_classes is not None and len(set(self.feature_classes)) != 2:
+        classes = self.feature_classes
+        if classes is not None and (len(classes) != 2 or classes[0] == classes[1]):
             problems.append(f"two different feature_classes, but got {self.feature_classes!r}")
         return problems
 
     def _without_effect(self) -> list[str]:
         problems = [
-            f"no {item.name} (GradiendTrainer does not use it), but got {getattr(self, item.name)!r}"
+            f"no {item.name} (GradiendTrainer does not use it), "
+            f"but got {getattr(self, item.name)!r}"
             for item in fields(TrainingArguments)
             if item.name not in _HONOURED and getattr(self, item.name) != _default(item)
         ]
+        own = {item.name: item for item in fields(self)}
+        unread: dict[str, str] = {}
         if self.solver == "closed_form":
-            problems += [
-                f"no {name} with the closed form (it has one solution), but got {value!r}"
-                for name, value in (("n_seeds", self.n_seeds), ("warm_start", self.warm_start))
-                if value not in (1, False)
-            ]
+            unread = dict.fromkeys(_OF_ADAMW, "with the closed form (it takes no steps)")
+        elif not self.warm_start:
+            unread = {"calibration_fraction": "without the closed form or warm_start"}
+        if self.prune_fraction is None and not self.warm_start:
+            unread["prune_texts"] = "without prune_fraction or warm_start"
+        problems += [
+            f"no {name} {reason}, but got {getattr(self, name)!r}"
+            for name, reason in unread.items()
+            if getattr(self, name) != _default(own[name])
+        ]
         return problems
 
 

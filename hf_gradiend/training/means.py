@@ -13,8 +13,8 @@ from hf_gradiend.parameters import ParameterSelection
 class ClassMeans:
     """Running means of source and target gradients for the two classes, float32.
 
-    Holds 3 · n_selected numbers: the source direction E[x|+] − E[x|−] and the target means E[t|+] and
-    E[t|−].
+    Holds 3 · n_selected numbers: the source direction E[x|+] − E[x|−] and the target means E[t|+]
+    and E[t|−].
 
     Args:
         selection: Weights whose gradients are averaged.
@@ -61,10 +61,10 @@ class ClassMeans:
         return {f"{side}_loss": loss.item() for side, loss in losses.items()}
 
     def to_decoder(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """W_d = (E[t|+] − E[t|−])/2 and b_d = (E[t|+] + E[t|−])/2, which minimise the loss at h = ±1.
+        """W_d = (E[t|+] − E[t|−])/2 and b_d = (E[t|+] + E[t|−])/2, least in loss at h = ±1.
 
-        Turns the target means into them in place, so that no copy of n numbers is made; call it once,
-        at the end.
+        Turns the target means into them in place, so that no copy of n numbers is made; call it
+        once, at the end.
         """
         plus, minus = self.target_means.pop(+1), self.target_means.pop(-1)
         for name in plus:

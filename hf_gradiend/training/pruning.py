@@ -73,7 +73,9 @@ def pruned_gradiend(gradiend: GradiendModel, fraction: float) -> GradiendModel:
     kept = selection.top_k(scores, fraction=fraction)
     content = gradiend.config.to_dict()
     content |= {"parameters": kept.to_config(), "selection_fingerprint": kept.fingerprint}
-    smaller = GradiendModel(GradiendConfig.from_dict(content)).to(gradiend.dtype)
+    smaller = GradiendModel(GradiendConfig.from_dict(content)).to(
+        gradiend.dtype  # pyright: ignore[reportArgumentType] - transformers' wrapper loses `self`
+    )
     smaller.encoder.bias.copy_(gradiend.encoder.bias)
     for entry in kept:
         at = kept.positions_in(selection)[entry.name]

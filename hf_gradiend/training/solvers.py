@@ -85,9 +85,9 @@ class Solver(Protocol):
 class ClosedFormSolver:
     """Class means in one pass: the decoder that minimises the loss at h = ±1, and its encoder.
 
-    W_d = (E[t|+] − E[t|−])/2, b_d = (E[t|+] + E[t|−])/2. The encoder's direction is E[x|+] − E[x|−];
-    its scale and b_e are fitted on texts that the direction has not seen, since a text's own gradient
-    in the mean would flatter it.
+    W_d = (E[t|+] − E[t|−])/2, b_d = (E[t|+] + E[t|−])/2. The encoder's direction is
+    E[x|+] − E[x|−]; its scale and b_e are fitted on texts that the direction has not seen, since a
+    text's own gradient in the mean would flatter it.
 
     Args:
         problem: What to learn from.
@@ -143,8 +143,8 @@ class ClosedFormSolver:
 class AdamWSolver:
     """The paper's training, for several seeds at once on the same gradients.
 
-    The base model's gradients do not depend on the GRADIEND, so k seeds cost k cheap updates and one
-    pass through the base model.
+    The base model's gradients do not depend on the GRADIEND, so k seeds cost k cheap updates and
+    one pass through the base model.
 
     Args:
         problem: What to learn from.
@@ -176,7 +176,11 @@ class AdamWSolver:
         }
 
     def step(self, stream: GradientStream, number: int) -> dict[str, float]:
-        """One batch of one class, one forward and two backward passes, one update per seed."""
+        """One batch of one class, one forward and two backward passes, one update per seed.
+
+        Raises:
+            NumericalError: If a seed's loss is NaN.
+        """
         args = self.problem.args
         batch = batch_at(self.texts, number, self.problem.batch_size, args.seed)
         self._fill_values(stream, batch)
@@ -234,7 +238,7 @@ def build_gradiend(
     decoder: Mapping[str, Tensor],
     decoder_bias: Mapping[str, Tensor],
 ) -> GradiendModel:
-    """A one-feature GRADIEND that takes over its tensors (selected values per name) without a copy."""
+    """A one-feature GRADIEND that takes over its tensors (selected values per name), no copy."""
     state: dict[str, Tensor] = {"encoder.bias": torch.tensor([encoder_bias], dtype=torch.float32)}
     for entry in problem.selection:
         state[f"encoder.weight.{entry.name}"] = encoder[entry.name].unsqueeze(0)
@@ -252,8 +256,8 @@ def fit_scale(projections: Tensor, signs: Tensor) -> tuple[float, float]:
     """Scale and offset that put the two class means of tanh's argument at ±artanh(0.9).
 
     A least-squares fit to ±1 would have no end when the classes can be told apart: its scale grows
-    until every text is at ±1, and with it every neutral token and every word never trained on. Putting
-    the *average* text at 0.9 keeps the middle of the range readable.
+    until every text is at ±1, and with it every neutral token and every word never trained on.
+    Putting the *average* text at 0.9 keeps the middle of the range readable.
 
     Args:
         projections: z of shape `(texts,)`.

@@ -40,7 +40,11 @@ class LabelledTexts:
         return self.take(sorted(chosen))
 
     def split(self, fraction: float, seed: int) -> tuple["LabelledTexts", "LabelledTexts"]:
-        """A first part and a second with this share of each class, at least one text in each."""
+        """A first part and a second with this share of each class, at least one text in each.
+
+        Raises:
+            DataError: If a class has fewer than two texts.
+        """
         generator = torch.Generator().manual_seed(seed)
         second: set[int] = set()
         for sign in (+1, -1):
@@ -100,7 +104,8 @@ def label_texts(texts: PreparedTexts, dataset: Dataset, classes: Sequence[str]) 
     counts = Counter(labels)
     if counts.keys() != sign_of.keys():
         raise DataError(
-            f"Expected texts of the classes {classes[0]!r} and {classes[1]!r}, but got {dict(counts)}."
+            f"Expected texts of the classes {classes[0]!r} and {classes[1]!r}, but got "
+            f"{dict(counts)}."
         )
     return LabelledTexts(texts.texts, tuple(sign_of[label] for label in labels))
 
@@ -120,7 +125,8 @@ def batch_at(
 ) -> ClassBatch:
     """The batch of a training step: classes alternate, each shuffled anew whenever it is used up.
 
-    A pure function of its arguments, so that a resumed run sees what the uninterrupted one would have.
+    A pure function of its arguments, so that a resumed run sees what the uninterrupted one would
+    have.
 
     Args:
         texts: Texts of each sign.
@@ -135,5 +141,5 @@ def batch_at(
     epoch, number = divmod(step // 2, per_epoch)
     generator = torch.Generator().manual_seed(hash((seed, epoch, sign)) % 2**63)
     order = torch.randperm(len(own), generator=generator)
-    chosen = order[number * size : (number + 1) * size]
+    chosen = order[number * size : (number + 1) * size].tolist()
     return ClassBatch(tuple(own[i] for i in chosen), sign)

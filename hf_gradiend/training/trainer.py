@@ -1,11 +1,15 @@
-"""`GradiendTrainer`: one loop for both solvers, with transformers' callbacks, state and arguments."""
+"""`GradiendTrainer`: one loop for both solvers, with transformers' callbacks and arguments."""
 
+import hashlib
 import json
 import logging
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import (
     CallbackHandler,
     DefaultFlowCallback,
@@ -25,7 +29,7 @@ from transformers.trainer_callback import (
     TrainerState,
 )
 
-from hf_gradiend.base_models import check_base_model, objective_of
+from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id_of
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.collation import PreparedTexts, prepare_texts
 from hf_gradiend.data.loading import validate_feature_dataset
@@ -172,14 +176,12 @@ class GradiendTrainer:
         self.state = TrainerState(
             max_steps=solver.n_steps,
             num_train_epochs=1,
-            logging_steps=int(args.logging_steps),
-            eval_steps=int(args.eval_steps or solver.n_steps),
-            save_steps=int(args.save_steps),
             is_local_process_zero=self.accelerator.is_local_main_process,
             is_world_process_zero=self.accelerator.is_main_process,
         )
+        self.state.compute_steps(args, solver.n_steps)  # numbers below 1 are shares of all steps
         if resume:
-            self._resume(solver, self._checkpoint_to_resume(resume, folder))
+            self._resume(solver, self._checkpoint_to_resume(folder, wanted=resume))
         self._loop(solver, folder)
         best_step = self._load_best(solver)
         models = solver.models()
@@ -212,19 +214,26 @@ class GradiendTrainer:
         args = self.args
         self.control = self.callbacks.on_train_begin(args, self.state, self.control)
         selection = self.selection
+        whole = True  # whether the solver's state is that of a number of whole steps
         try:
-            with gradient_stream(self.base_model, selection) as stream:
+            with (
+                gradient_stream(self.base_model, selection) as stream,
+                _interrupts_held_back() as interrupt_now,
+            ):
                 for number in range(self.state.global_step, solver.n_steps):
                     self.control = self.callbacks.on_step_begin(args, self.state, self.control)
+                    whole = False
                     logs = solver.step(stream, number)
+                    whole = True
                     self.state.global_step = number + 1
                     self.state.epoch = (number + 1) / solver.n_steps
                     self.control = self.callbacks.on_step_end(args, self.state, self.control)
                     self._after_step(solver, folder, logs)
+                    interrupt_now()
                     if self.control.should_training_stop:
                         break
         except KeyboardInterrupt:
-            if self.state.global_step:
+            if self.state.global_step and whole:
                 self._save_checkpoint(solver, folder)
                 logger.warning(
                     "Interrupted at step %d; saved. Go on with resume_from_checkpoint=True.",
@@ -272,7 +281,7 @@ class GradiendTrainer:
         if self.eval_texts is None:
             return None
         encodings = self._encode(gradiend, self.eval_texts)
-        if float(encodings.std()) == 0.0:
+        if bool((encodings == encodings[0]).all()):  # saturated, or nothing selected is reached
             return 0.0
         return pearson_correlation(encodings, torch.tensor(self.eval_texts.signs))
 
@@ -291,7 +300,11 @@ class GradiendTrainer:
     def _chosen(
         self, models: Sequence[GradiendModel], correlations: Sequence[float | None]
     ) -> GradiendModel:
-        """The best seed, turned so that the first class encodes to +1."""
+        """The best seed, turned so that the first class encodes to +1.
+
+        Raises:
+            NumericalError: If its weights are NaN or infinite.
+        """
         number = max(range(len(models)), key=lambda k: abs(correlations[k] or 0.0))
         model, signed = models[number], correlations[number]
         if signed is None:  # without evaluation texts, the training texts tell the sign
@@ -307,12 +320,11 @@ class GradiendTrainer:
             )
         return model
 
-    # ---- preparation ------------------------------------------------------------------------------
+    # ---- preparation ----------------------------------------------------------------------------
 
     @property
     def _pad_token_id(self) -> int:
-        found = self.processing_class.pad_token_id
-        return 0 if found is None else int(found)
+        return pad_token_id_of(self.processing_class)
 
     def _classes(self, dataset: Dataset) -> list[str]:
         validate_feature_dataset(dataset)
@@ -320,7 +332,8 @@ class GradiendTrainer:
         wanted = self.args.feature_classes
         if wanted is not None and sorted(wanted) != present:
             raise ConfigError(
-                f"Expected feature_classes to name the data set's classes {present}, but got {wanted}."
+                f"Expected feature_classes to name the data set's classes {present}, but got "
+                f"{wanted}."
             )
         return list(wanted) if wanted else present
 
@@ -337,6 +350,8 @@ class GradiendTrainer:
     def _prune(self) -> None:
         if self.args.prune_fraction is None:
             return
+        # From all weights each time: train() may be called again, to resume for instance.
+        self.selection = select_parameters(self.base_model, self.args.parameters)
         texts = self.train_texts.balanced(self.args.prune_texts, self.args.seed)
         means = aligned_means(self._problem(texts), progress=not self.args.disable_tqdm)
         self.selection = prune(self.selection, means, self.args.prune_fraction)
@@ -388,7 +403,7 @@ class GradiendTrainer:
             decoder_initialization=self.args.decoder_initialization,
         )
 
-    # ---- files ------------------------------------------------------------------------------------
+    # ---- files ----------------------------------------------------------------------------------
 
     def _save_checkpoint(self, solver: Solver, folder: Path) -> Path:
         path = folder / f"checkpoint-{self.state.global_step}"
@@ -410,7 +425,7 @@ class GradiendTrainer:
         limit = self.args.save_total_limit
         if limit is None or not self.accelerator.is_main_process:
             return
-        checkpoints = sorted(folder.glob("checkpoint-*"), key=_step_of)
+        checkpoints = _checkpoints(folder)
         kept = {checkpoints[-1], Path(self.state.best_model_checkpoint or checkpoints[-1])}
         for old in checkpoints[: max(0, len(checkpoints) - limit)]:
             if old not in kept:
@@ -423,15 +438,15 @@ class GradiendTrainer:
         _load_tensors(solver, Path(best) / "solver.safetensors")
         return self.state.best_global_step
 
-    def _checkpoint_to_resume(self, wanted: bool | str, folder: Path) -> Path:
+    def _checkpoint_to_resume(self, folder: Path, *, wanted: bool | str) -> Path:
         if isinstance(wanted, str):
             path = Path(wanted)
         else:
-            path = max(folder.glob("checkpoint-*"), key=_step_of, default=folder / "checkpoint-*")
+            path = [folder / "checkpoint-*", *_checkpoints(folder)][-1]
         if not (path / "solver.safetensors").is_file():
             raise ConfigError(
-                f"Expected a checkpoint to resume from, but there is none at {str(path)!r}. Train without "
-                f"resume_from_checkpoint."
+                f"Expected a checkpoint to resume from, but there is none at {str(path)!r}. Train "
+                f"without resume_from_checkpoint."
             )
         return path
 
@@ -440,17 +455,20 @@ class GradiendTrainer:
             made_with = (file.metadata() or {}).get("run")
         if made_with != self._run_digest():
             raise ConfigError(
-                f"Expected a checkpoint of this run, but {str(path)!r} was made with other arguments, "
-                f"data or weights. Use the same ones, or train without resume_from_checkpoint."
+                f"Expected a checkpoint of this run, but {str(path)!r} was made with other "
+                f"arguments, data or weights. Use the same ones, or train without "
+                f"resume_from_checkpoint."
             )
         _load_tensors(solver, path / "solver.safetensors")
         self.state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+        self.state.max_steps = solver.n_steps  # which may be more than the first run's
+        self.state.compute_steps(self.args, solver.n_steps)
 
     def _run_digest(self) -> str:
         """What two runs must share for one to go on from the other's checkpoint."""
         names = (
-            "solver", "source", "target", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
-            "adam_epsilon", "seed", "n_seeds", "decoder_initialization", "warm_start",
+            "solver", "source", "target", "learning_rate", "weight_decay", "adam_beta1",
+            "adam_beta2", "adam_epsilon", "seed", "n_seeds", "decoder_initialization", "warm_start",
             "calibration_fraction",
         )  # fmt: skip
         content = {name: getattr(self.args, name) for name in names}
@@ -459,7 +477,8 @@ class GradiendTrainer:
         )
         content["selection"] = self.selection.fingerprint
         content["classes"] = self.classes
-        content["n_train_texts"] = len(self.train_texts.texts)
+        texts = repr((self.train_texts.texts, self.train_texts.signs))
+        content["train_texts"] = hashlib.sha256(texts.encode()).hexdigest()
         return json.dumps(content, sort_keys=True)
 
 
@@ -469,8 +488,45 @@ def _load_tensors(solver: Solver, path: Path) -> None:
             tensor.copy_(file.get_tensor(name))
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in the order in which they were written; some may be of an earlier run."""
+    files = folder.glob("checkpoint-*/solver.safetensors")
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits until the function that this yields is called; a second one does not wait.
+
+    A step that is cut in half leaves weights that no number of steps gives, and nothing to go on
+    from.
+
+    Yields:
+        A function that raises the Ctrl-C that was held back, if there was one.
+    """
+    held: list[int] = []
+
+    def hold(number: int, _frame: object) -> None:
+        held.append(number)
+        if len(held) > 1:
+            raise KeyboardInterrupt
+
+    def interrupt_now() -> None:
+        if held:
+            raise KeyboardInterrupt
+
+    # Python hands signals to the main thread alone, and a handler of somebody else's stays his.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield interrupt_now
+        return
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield interrupt_now
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def training_summary(result: TrainingResult) -> dict[str, object]:

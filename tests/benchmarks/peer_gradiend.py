@@ -48,17 +48,17 @@ class StepClock(TrainingCallback):
         self.peak_rss = 0
         self._ended = threading.Event()
 
-    def on_train_begin(self, config, **kwargs):
+    def on_train_begin(self, config, **kwargs):  # noqa: ARG002 - gradiend's form
         self._last = time.perf_counter()
 
     def _lap(self) -> float:
         start, self._last = self._last, time.perf_counter()
         return self._last - start
 
-    def on_step_begin(self, step, config, **kwargs):
+    def on_step_begin(self, step, config, **kwargs):  # noqa: ARG002 - gradiend's form
         self.gradient_seconds.append(self._lap())
 
-    def on_step_end(self, step, loss, model, config, **kwargs):
+    def on_step_end(self, step, loss, model, config, **kwargs):  # noqa: ARG002 - gradiend's form
         self.update_seconds.append(self._lap())
         if step == 1:
             threading.Thread(target=self._sample_memory, daemon=True).start()

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/speed.py --base_model DIR --data train.jsonl [--peer_python PYTHON]
 
-measures encodings against one backward pass and a dot product per text, the fused AdamW update against
-one pass of 20 n floats through memory, and, with the Python of an environment that has the official
-`gradiend` package, our training step against its own (same model, weights, batch and threads; each in a
-process of its own). Prints a table and, last, one JSON object.
+measures encodings against one backward pass and a dot product per text, the fused AdamW update
+against one pass of 20 n floats through memory, and, with the Python of an environment that has the
+official `gradiend` package, our training step against its own (same model, weights, batch and
+threads; each in a process of its own). Prints a table and, last, one JSON object.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Tiny random language models and hand-made tokenizers, built in memory.
 
-A tokenizer here is a chain of merges from the left, so its tokens can be written down by hand: a word
-of the lists below is one token, anything else falls into single characters after its longest listed
-beginning (" hers" is " her" + "s").
+A tokenizer here is a chain of merges from the left, so its tokens can be written down by hand: a
+word of the lists below is one token, anything else falls into single characters after its longest
+listed beginning (" hers" is " her" + "s").
 """
 
+import importlib
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,10 +18,11 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from hf_gradiend.data.collation import TargetBatch, collate, prepare_texts
 
-# The first dual tensor makes torch (2.9 to 2.13) script its own derivatives, with this warning; see
+# The first dual tensor makes torch (2.13) script its own derivatives, with this warning; see
 # https://github.com/pytorch/pytorch/issues/42459 (TorchScript is not developed further).
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".torch.jit.script. is", category=DeprecationWarning)
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 # " the" before " they": "they" is two tokens, " the" + "y".
 SPACED_WORDS = (
@@ -83,7 +85,7 @@ def _gpt2_tokenizer() -> hf.PreTrainedTokenizerFast:
 
 def _roberta_tokenizer() -> hf.PreTrainedTokenizerFast:
     tokenizer = _byte_level(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    # Offsets without the space of " he", as RoBERTa has them; those of the GPT-2 one hold the space.
+    # Offsets without the space of " he", as RoBERTa has them; GPT-2's hold the space.
     tokenizer.post_processor = RobertaProcessing(
         ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
     )
@@ -219,8 +221,8 @@ def double_precision(monkeypatch):
     """Arithmetic in float64 from end to end.
 
     transformers computes norms, softmax and rotary angles in float32 whatever the model's type, and
-    the package computes log-probabilities so. Inside this fixture their `.float()` and `torch.float32`
-    mean float64, so that finite differences and the two paths can be compared to 1e-10.
+    the package computes log-probabilities so. Inside this fixture their `.float()` and
+    `torch.float32` mean float64, so that differences can be compared to 1e-10.
     """
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch, "float32", torch.float64)

@@ -27,7 +27,7 @@ from hf_gradiend.parameters import select_parameters
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """What HF_HUB_OFFLINE=1 sets before the process starts; a test that asks the Hub fails at once."""
+    """What HF_HUB_OFFLINE=1 sets when the process starts: who asks the Hub, fails at once."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
@@ -92,7 +92,7 @@ def test_a_model_saved_without_its_head_gets_the_head_of_its_kind(make_lm, saved
     assert all(torch.equal(p, inside[n]) for n, p in model.base_model.named_parameters())
 
 
-def test_an_objective_that_is_asked_for_wins(make_lm, saved):
+def test_an_objective_that_is_asked_for_wins(saved):
     model, _ = load_base_model(saved("bert"), objective="causal")
 
     assert type(model) is hf.BertLMHeadModel
@@ -136,7 +136,7 @@ def test_a_model_goes_to_the_device_that_is_asked_for(saved):
     ("special", "padding"),
     [({"eos_token": "he"}, "he"), ({"unk_token": "[UNK]"}, "[UNK]"), ({"pad_token": "it"}, "it")],
 )
-def test_a_missing_padding_token_is_filled_in(make_lm, saved, tmp_path, special, padding):
+def test_a_missing_padding_token_is_filled_in(make_lm, saved, special, padding):
     bare = hf.PreTrainedTokenizerFast(
         tokenizer_object=make_lm("bert").tokenizer.backend_tokenizer,
         **{"unk_token": None, "eos_token": None, "pad_token": None, **special},
@@ -240,7 +240,7 @@ def test_a_gguf_file_is_dequantised_and_nothing_else_is():
 
 
 def write_gguf(path, tokenizer) -> dict[str, np.ndarray]:
-    """A Llama of two layers in 8 bits, as llama.cpp writes it; returns its weights by their names."""
+    """A Llama of two layers in 8 bits, as llama.cpp writes it; returns its weights by name."""
     import gguf  # noqa: PLC0415 - a second to import
 
     words = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]

@@ -407,7 +407,7 @@ def test_words_of_different_length_have_rows_of_their_own(make_tokenizer):
 
 
 def test_causal_words_that_begin_alike_are_still_scored_at_sites_of_their_own(make_tokenizer):
-    # " her" and " hers" begin alike; the longer one needs " her" as an input, the shorter one has none.
+    # " her" and " hers" begin alike; only the longer one needs " her" as an input.
     texts = prepare_texts(
         [row(factual="hers", counterfactual="her")], make_tokenizer("gpt2"), "causal"
     )

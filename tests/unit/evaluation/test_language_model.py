@@ -185,8 +185,9 @@ def test_every_draw_has_other_masks_and_a_seed_gives_them_again(make_lm):
 # ---- both ----
 
 
+@pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "gpt2", "llama"])
-def test_the_score_does_not_depend_on_the_batch_size(make_lm, family, double_precision):
+def test_the_score_does_not_depend_on_the_batch_size(make_lm, family):
     lm = make_lm(family)
     lm.model.double()
     if lm.objective == "masked":

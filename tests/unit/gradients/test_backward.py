@@ -1,7 +1,7 @@
 """Gradients against finite differences of a plain loss, and what a pass leaves behind.
 
-Traps 12 (half precision, checkpointing, tied weights) and the property "collecting leaves the model as
-it was" of STYLE.md section 3.
+Trap 12 of DESIGN.md section 4 (half precision, checkpointing, tied weights) and the property
+"collecting leaves the model as it was" of STYLE.md section 3.
 """
 
 import copy
@@ -36,7 +36,7 @@ BY_HAND = {
 
 
 def plain_losses(lm):
-    """(factual, counterfactual, difference) of ROW by a plain pass; nothing of the package in it."""
+    """(factual, counterfactual, difference) of ROW by a plain pass, without the package."""
     tokens, position, *words = BY_HAND[lm.family]
     ids = torch.tensor([lm.tokenizer.convert_tokens_to_ids(tokens.split())])
     at_slot = lm.model(input_ids=ids).logits[0, position].float().log_softmax(-1)
@@ -66,10 +66,9 @@ def assert_same(first, other, **tolerance):
 # ---- the right gradient ----
 
 
+@pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("patterns", ["layers", "backbone"])
-def test_gradients_are_the_finite_differences_of_a_plain_loss(
-    make_lm, batch_of, family, patterns, double_precision
-):
+def test_gradients_are_the_finite_differences_of_a_plain_loss(make_lm, batch_of, family, patterns):
     lm = make_lm(family)
     lm.model.double()
     selection = select_parameters(lm.model, patterns)
@@ -92,9 +91,8 @@ def test_gradients_are_the_finite_differences_of_a_plain_loss(
         assert expected.abs().min() > 1e-3  # the control: there is something to find
 
 
-def test_single_entries_of_a_gradient_are_finite_differences(
-    make_lm, batch_of, family, double_precision
-):
+@pytest.mark.usefixtures("double_precision")
+def test_single_entries_of_a_gradient_are_finite_differences(make_lm, batch_of, family):
     # One coordinate of every parameter: the largest, so that it can be told from zero.
     lm = make_lm(family)
     lm.model.double()
@@ -113,9 +111,8 @@ def test_single_entries_of_a_gradient_are_finite_differences(
         torch.testing.assert_close(entries, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_the_gradient_of_a_batch_is_the_mean_of_its_texts(
-    make_lm, batch_of, family, double_precision
-):
+@pytest.mark.usefixtures("double_precision")
+def test_the_gradient_of_a_batch_is_the_mean_of_its_texts(make_lm, batch_of, family):
     lm = make_lm(family)
     lm.model.double()
     selection = select_parameters(lm.model)
@@ -250,13 +247,13 @@ V = {"bert": 27, "gpt2": 312, "llama": 86}  # lengths of the vocabularies
 @pytest.mark.parametrize(
     ("family", "per_layer", "outside"),
     [
-        # query, key, value, output: 4·(16·16 + 16); up (16·32 + 32), down (32·16 + 16); two norms of
-        # 2·16. Outside: words, 66 positions, 2 segments, one norm; no pooler, no head but its tie.
+        # query, key, value, output: 4·(16·16 + 16); up (16·32 + 32), down (32·16 + 16); two norms
+        # of 2·16. Outside: words, 66 positions, 2 segments, a norm; no pooler, no head but its tie.
         ("bert", 4 * 272 + 544 + 528 + 2 * 32, V["bert"] * 16 + 66 * 16 + 2 * 16 + 32),
         # Fused query-key-value 16·48 + 48, output 272, up 16·64 + 64, down 64·16 + 16, two norms.
         # Outside: words (tied to the head), 64 positions, the final norm.
         ("gpt2", 816 + 272 + 1088 + 1040 + 2 * 32, V["gpt2"] * 16 + 64 * 16 + 32),
-        # query and output 16·16, key and value (one of two heads) 16·8, three 16·32, two norms of 16.
+        # query and output 16·16, key and value (one of two heads) 16·8, three 16·32, two norms.
         # Outside: words and final norm; the head is not tied and stays out.
         ("llama", 2 * 256 + 2 * 128 + 3 * 512 + 2 * 16, V["llama"] * 16 + 16),
     ],
@@ -354,7 +351,7 @@ def test_no_gradient_is_held_once_it_is_handed_over(make_lm, batch_of):
     assert max(held) == 0
 
 
-def test_only_selected_parameters_get_a_gradient_of_their_own(make_lm, batch_of):
+def test_only_selected_parameters_get_a_gradient_of_their_own(make_lm):
     lm = make_lm("llama")
     selection = select_parameters(lm.model, "*layers.1.mlp*")
 
@@ -440,11 +437,15 @@ def test_an_exception_inside_leaves_the_model_as_it_was(make_lm, batch_of, where
     def interrupt(*_):
         raise InterruptionError
 
-    with pytest.raises(raised), gradient_stream(lm.model, selection) as stream:
-        if where == "before":
-            raise InterruptionError
-        loss = stream.losses(batch, ["factual"])["factual"]
-        stream.backward(loss.detach() if where == "loss" else loss, interrupt)
+    def run():
+        with gradient_stream(lm.model, selection) as stream:
+            if where == "before":
+                raise InterruptionError
+            loss = stream.losses(batch, ["factual"])["factual"]
+            stream.backward(loss.detach() if where == "loss" else loss, interrupt)
+
+    with pytest.raises(raised):
+        run()
 
     assert_left_as_it_was(lm.model, before)
 

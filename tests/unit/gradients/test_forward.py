@@ -79,11 +79,10 @@ def test_one_forward_pass_gives_what_backward_gives_text_by_text(
     assert (expected[:, 0] - expected[:, 1]).abs().max() > 0.1  # the control: the words differ
 
 
+@pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("patterns", ["layers", "backbone"])
 @pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
-def test_in_float64_both_paths_agree_to_ten_digits(
-    make_lm, batch_of, family, attention, patterns, double_precision
-):
+def test_in_float64_both_paths_agree_to_ten_digits(make_lm, batch_of, family, attention, patterns):
     lm = make_lm(family, attention=attention)
     lm.model.double()
     selection = select_parameters(lm.model, patterns)
@@ -97,7 +96,8 @@ def test_in_float64_both_paths_agree_to_ten_digits(
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * scale)
 
 
-def test_the_derivative_is_a_finite_difference(make_lm, batch_of, family, double_precision):
+@pytest.mark.usefixtures("double_precision")
+def test_the_derivative_is_a_finite_difference(make_lm, batch_of, family):
     # Independent of any backward pass.
     lm = make_lm(family)
     lm.model.double()
@@ -141,7 +141,7 @@ def test_words_of_several_tokens_and_several_slots_agree_too(make_lm, batch_of, 
 
 
 def test_the_derivative_along_a_decoder_bias_is_the_analytic_one(make_lm, batch_of):
-    # d log softmax(z)_t / dz · v = v_t − Σ p v; the bias is tied ("predictions.bias" to the decoder's).
+    # d log softmax(z)_t / dz · v = v_t − Σ p v. The bias is tied to the decoder's own.
     lm = make_lm("bert")
     ids = lm.tokenizer.convert_tokens_to_ids(
         ["[CLS]", "anna", "said", "that", "[MASK]", "was", "late", ".", "[SEP]"]
@@ -320,9 +320,7 @@ def test_dropout_is_off_and_its_mode_restored(make_lm, batch_of):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("size", [1e6, 1.0, 1e-3, 1e-6, 1e-12])
-def test_half_precision_gives_projections_near_those_of_float32(
-    make_lm, batch_of, family, dtype, size
-):
+def test_half_precision_gives_projections_near_those_of_float32(make_lm, family, dtype, size):
     # W_e of a large model has entries of 1e-4 and less; float16 loses digits below 6e-5 and holds
     # nothing below 6e-8 or above 65504.
     lm = make_lm(family)
@@ -506,7 +504,7 @@ def test_the_gradiend_of_another_base_model_is_refused(make_lm):
         encode_texts(gradiend, lm.model, lm.tokenizer, MIXED, progress=False)
 
 
-def test_a_batch_is_not_changed_by_reading_it(make_lm, batch_of):
+def test_a_batch_is_not_changed_by_reading_it(make_lm):
     lm = make_lm("gpt2")
     texts = prepare_texts(MIXED, lm.tokenizer, "causal")
     batch, same = collate(texts, 0), collate(texts, 0)

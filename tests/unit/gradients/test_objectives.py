@@ -206,7 +206,8 @@ def test_a_causal_text_of_several_slots_is_read_at_the_first(make_lm, batch_of):
 # ---- neighbours and padding (trap 3) ----
 
 
-def test_a_row_does_not_depend_on_its_neighbours(make_lm, batch_of, family, double_precision):
+@pytest.mark.usefixtures("double_precision")
+def test_a_row_does_not_depend_on_its_neighbours(make_lm, batch_of, family):
     lm = make_lm(family)
     lm.model.double()
 
@@ -282,8 +283,9 @@ def test_the_head_runs_at_the_sites_only(make_lm, batch_of, family):
 
 
 @pytest.mark.parametrize(
-    ("side", "expected"), [("factual", [-1.0, 3.0]), ("counterfactual", [2.0, 5.0]), ("diff", [-3.0, -2.0])]
-)  # fmt: skip
+    ("side", "expected"),
+    [("factual", [-1.0, 3.0]), ("counterfactual", [2.0, 5.0]), ("diff", [-3.0, -2.0])],
+)
 def test_a_side_is_minus_the_log_probability_or_the_difference_of_both(side, expected):
     scores = torch.tensor([[1.0, -2.0], [-3.0, -5.0]])
 

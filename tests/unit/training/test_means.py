@@ -1,0 +1,154 @@
+import pytest
+import torch
+
+from hf_gradiend.data.collation import collate
+from hf_gradiend.errors import NumericalError
+from hf_gradiend.gradients.backward import gradient_stream, gradients
+from hf_gradiend.parameters import select_parameters
+from hf_gradiend.training.means import ClassMeans
+
+# Three texts of one class and five of the other, so that a mean over all texts is another number.
+ROWS = {+1: [0, 9, 18], -1: [48, 57, 66, 75, 84]}
+SIDES = ("factual", "counterfactual", "diff")
+
+
+@pytest.fixture
+def problem(planted, problem_of):
+    return problem_of(planted, sorted(sum(ROWS.values(), [])))
+
+
+def single_gradients(problem, side: str) -> dict[int, dict[str, torch.Tensor]]:
+    """Gradients of one side of each text on its own, stacked for each class."""
+    found = {}
+    for sign in ROWS:
+        batches = [collate([text], problem.pad_token_id) for text in problem.texts.of_sign(sign)]
+        each = [gradients(problem.base_model, b, problem.selection, (side,))[side] for b in batches]
+        found[sign] = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    return found
+
+
+def class_means(problem, source: str, target: str, *, size: int = 2, selection=None) -> ClassMeans:
+    means = ClassMeans(
+        selection or problem.selection,
+        source=source,
+        target=target,
+        class_sizes={sign: len(rows) for sign, rows in ROWS.items()},
+    )
+    with gradient_stream(problem.base_model, problem.selection) as stream:
+        for sign in ROWS:
+            texts = problem.texts.of_sign(sign)
+            for start in range(0, len(texts), size):
+                means.add(stream, collate(texts[start : start + size], problem.pad_token_id), sign)
+    return means
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    largest = max(float(t.abs().max()) for t in expected.values())
+    assert largest > 1e-3  # the control: there are gradients
+    for name, tensor in expected.items():
+        # Sums of float32 numbers in another order, over a few thousand terms of each gradient.
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("source", SIDES)
+@pytest.mark.parametrize("target", SIDES)
+def test_class_means_are_the_means_of_the_single_gradients(problem, source, target):
+    means = class_means(problem, source, target)
+
+    x, t = single_gradients(problem, source), single_gradients(problem, target)
+    assert_same(means.direction, {n: x[+1][n].mean(0) - x[-1][n].mean(0) for n in x[+1]})
+    for sign in ROWS:
+        assert_same(means.target_means[sign], {name: g.mean(0) for name, g in t[sign].items()})
+
+
+def test_the_size_of_the_batches_makes_no_difference(problem):
+    one_by_one = class_means(problem, "factual", "diff", size=1)
+    at_once = class_means(problem, "factual", "diff", size=5)
+
+    assert_same(one_by_one.direction, at_once.direction)
+    assert_same(one_by_one.target_means[-1], at_once.target_means[-1])
+
+
+def test_a_sparse_selection_holds_its_entries_of_the_dense_means(problem):
+    dense = class_means(problem, "factual", "diff")
+    scores = {e.name: torch.rand(e.shape) for e in problem.selection}
+    sparse_selection = problem.selection.top_k(scores, fraction=0.1)
+
+    sparse = class_means(problem, "factual", "diff", selection=sparse_selection)
+
+    gathered = sparse_selection.gather(dense.direction)
+    assert_same(sparse.direction, gathered)
+    assert sum(t.numel() for t in sparse.direction.values()) == sparse_selection.n_selected
+
+
+def test_weights_that_no_loss_reaches_have_zero_means(planted, problem_of):
+    planted.model.unused = torch.nn.Linear(2, 2)
+    selection = select_parameters(planted.model, ["layers", "unused.*"])
+    problem = problem_of(planted, sorted(sum(ROWS.values(), [])), selection)
+
+    means = class_means(problem, "factual", "diff")
+
+    assert float(means.direction["unused.weight"].abs().max()) == 0.0
+    assert max(float(t.abs().max()) for t in means.direction.values()) > 1e-3
+
+
+@pytest.mark.parametrize("target", ["diff", "factual"])
+def test_the_closed_form_minimises_the_loss_at_plus_and_minus_one(problem, target):
+    t = single_gradients(problem, target)
+    weight, bias = class_means(problem, "factual", target).to_decoder()
+
+    def loss(weight, bias):
+        """Mean squared error over both classes, each text's encoding at its class's ±1."""
+        return sum(
+            float((sign * weight[name] + bias[name] - t[sign][name]).double().square().sum())
+            for sign in ROWS
+            for name in weight
+        )
+
+    least = loss(weight, bias)
+    generator = torch.Generator().manual_seed(0)
+    scale = max(float(tensor.abs().max()) for tensor in weight.values())
+    for _ in range(5):
+        noise = {n: scale * torch.randn(w.shape, generator=generator) for n, w in weight.items()}
+        for step in (-0.1, 0.1):
+            moved = {name: weight[name] + step * noise[name] for name in weight}
+            shifted = {name: bias[name] + step * noise[name] for name in bias}
+            assert loss(moved, bias) > least
+            assert loss(weight, shifted) > least
+    # A quadratic's gradient at its least is zero: central differences along every axis vanish.
+    name = next(iter(weight))
+    for held in (weight[name], bias[name]):
+        old = held.view(-1)[3].clone()
+        either = []
+        for step in (-0.01, 0.01):
+            held.view(-1)[3] = old + step
+            either.append(loss(weight, bias))
+        held.view(-1)[3] = old
+        n_texts = sum(len(rows) for rows in ROWS.values())
+        assert either == pytest.approx([least + n_texts * 1e-4] * 2, abs=1e-2 * 1e-4 * n_texts)
+
+
+def test_adding_returns_the_mean_losses_of_the_batch(problem):
+    means = ClassMeans(
+        problem.selection, source="factual", target="diff", class_sizes={1: 3, -1: 5}
+    )
+    texts = problem.texts.of_sign(+1)
+
+    with gradient_stream(problem.base_model, problem.selection) as stream:
+        losses = means.add(stream, collate(texts, problem.pad_token_id), +1)
+        alone = [
+            stream.losses(collate([text], problem.pad_token_id), ("factual", "diff"))
+            for text in texts
+        ]
+
+    for side in ("factual", "diff"):
+        expected = sum(one[side].item() for one in alone) / 3
+        assert losses[f"{side}_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_is_not_a_number_is_an_error(problem):
+    with torch.no_grad():
+        problem.base_model.get_input_embeddings().weight.fill_(torch.nan)
+
+    with pytest.raises(NumericalError, match="finite factual loss"):
+        class_means(problem, "factual", "diff")

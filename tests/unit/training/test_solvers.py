@@ -1,0 +1,234 @@
+import math
+
+import pytest
+import torch
+
+from hf_gradiend.data.collation import collate
+from hf_gradiend.errors import NumericalError
+from hf_gradiend.gradients.backward import gradient_stream, gradients
+from hf_gradiend.metrics import pearson_correlation
+from hf_gradiend.modeling_gradiend import GradiendModel
+from hf_gradiend.training.solvers import AdamWSolver, ClosedFormSolver, fit_scale
+from hf_gradiend.training.texts import batch_at
+
+# ---- fit_scale ----
+
+
+def test_the_fit_puts_the_class_means_at_plus_and_minus_nine_tenths():
+    z = torch.tensor([3.0, 5.0, 4.0, -1.0, 1.0, 0.0])  # class means 4 and 0
+    signs = torch.tensor([1, 1, 1, -1, -1, -1])
+
+    scale, offset = fit_scale(z, signs)
+
+    # artanh(0.9) = ln(19)/2; (4 − 0)·scale = 2·artanh(0.9) and the middle, 2, is at 0.
+    assert scale == pytest.approx(math.log(19) / 4, rel=1e-12)
+    assert offset == pytest.approx(-2 * math.log(19) / 4, rel=1e-12)
+    assert math.tanh(scale * 4.0 + offset) == pytest.approx(0.9, abs=1e-12)
+    assert math.tanh(scale * 0.0 + offset) == pytest.approx(-0.9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1e-6, 0.0), (1e6, 3e6), (2.0, -100.0)])
+def test_encodings_after_the_fit_do_not_depend_on_the_projections_unit(factor, shift):
+    z = torch.tensor([3.0, 5.0, -1.0, 2.0], dtype=torch.float64)
+    signs = torch.tensor([1, 1, -1, -1])
+
+    encodings = []
+    for projections in (z, factor * z + shift):
+        scale, offset = fit_scale(projections, signs)
+        encodings.append(torch.tanh(scale * projections + offset))
+
+    torch.testing.assert_close(encodings[0], encodings[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "z",
+    [[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0], [math.nan, 1.0, 0.0, 0.0]],
+    ids=["reversed", "equal", "NaN"],
+)
+def test_classes_that_are_not_in_order_are_an_error(z):
+    with pytest.raises(NumericalError, match="class labels right"):
+        fit_scale(torch.tensor(z), torch.tensor([1, 1, -1, -1]))
+
+
+# ---- the closed form ----
+
+
+def run(problem, solver, first: int = 0) -> list[dict[str, float]]:
+    with gradient_stream(problem.base_model, problem.selection) as stream:
+        return [solver.step(stream, number) for number in range(first, solver.n_steps)]
+
+
+def source_gradients(problem, texts):
+    return [
+        gradients(problem.base_model, collate([text], problem.pad_token_id), problem.selection,
+                  ("factual", "diff"))
+        for text in texts
+    ]  # fmt: skip
+
+
+def test_the_closed_form_is_the_class_means_of_the_texts_that_do_not_calibrate(planted, problem_of):
+    problem = problem_of(planted)
+    solver = ClosedFormSolver(problem)
+    found = {
+        sign: source_gradients(problem, solver.fitted.of_sign(sign)) for sign in (+1, -1)
+    }
+
+    run(problem, solver)
+    (gradiend,) = solver.models()
+
+    def mean(sign, side, name):
+        return torch.stack([one[side][name] for one in found[sign]]).mean(0)
+
+    direction = {n: mean(+1, "factual", n) - mean(-1, "factual", n) for n in gradiend.names}
+    largest = max(float(t.abs().max()) for t in direction.values())
+    name = max(direction, key=lambda name: float(direction[name].abs().max()))
+    at = int(direction[name].abs().argmax())
+    scale = float(gradiend.encoder.weight.at(name).view(-1)[at] / direction[name].view(-1)[at])
+    assert scale > 0  # towards the + class
+    for name in gradiend.names:
+        plus, minus = mean(+1, "diff", name), mean(-1, "diff", name)
+        close = {"rtol": 1e-3, "atol": 1e-5 * largest}  # sums of float32 in another order
+        encoder = gradiend.encoder.weight.at(name)[0]
+        torch.testing.assert_close(encoder, scale * direction[name], rtol=1e-3, atol=scale * 1e-5)
+        torch.testing.assert_close(gradiend.decoder.weight.at(name)[0], (plus - minus) / 2, **close)
+        torch.testing.assert_close(gradiend.decoder.bias.at(name), (plus + minus) / 2, **close)
+
+
+def test_the_average_text_that_calibrated_is_encoded_at_nine_tenths(planted, problem_of):
+    problem = problem_of(planted)
+    solver = ClosedFormSolver(problem)
+    run(problem, solver)
+    (gradiend,) = solver.models()
+
+    for sign in (+1, -1):
+        found = source_gradients(problem, solver.calibration.of_sign(sign))
+        # tanh's argument, from each text's own gradient by a backward pass
+        z = [
+            sum(float((gradiend.encoder.weight.at(n)[0] * one["factual"][n]).sum()) for n in
+                gradiend.names) + gradiend.encoder.bias.item()
+            for one in found
+        ]  # fmt: skip
+        assert math.tanh(sum(z) / len(z)) == pytest.approx(sign * 0.9, abs=1e-3)
+
+
+def test_the_closed_form_takes_one_step_per_batch_and_every_text_once(planted_bert, problem_of):
+    problem = problem_of(planted_bert, calibration_fraction=0.25)  # 48 texts a class
+
+    solver = ClosedFormSolver(problem)
+
+    assert solver.n_steps == 2 * 3  # 36 of each class in batches of 16
+    assert len(solver.fitted.texts) + len(solver.calibration.texts) == 96
+    assert not {t.index for t in solver.fitted.texts} & {t.index for t in solver.calibration.texts}
+
+
+# ---- adamw ----
+
+
+def test_seeds_side_by_side_equal_each_start_trained_alone_on_the_same_batches(
+    planted_bert, problem_of
+):
+    together = AdamWSolver(problem_of(planted_bert, solver="adamw", n_seeds=2, seed=3, max_steps=5))
+    run(together.problem, together)
+
+    for k, gradiend in enumerate(together.models()):
+        alone = AdamWSolver(problem_of(planted_bert, solver="adamw", seed=3 + k, max_steps=5))
+        alone.problem.args.seed = 3  # the order of the texts is that of the first seed
+        run(alone.problem, alone)
+        for p, q in zip(gradiend.parameters(), alone.models()[0].parameters(), strict=True):
+            assert torch.equal(p, q)
+
+    first, second = together.models()
+    assert not torch.equal(first.encoder.bias, second.encoder.bias)  # the control
+
+
+def test_one_adamw_step_moves_along_the_gradient_of_the_models_own_loss(planted, problem_of):
+    problem = problem_of(planted, solver="adamw", max_steps=1, weight_decay=0.0,
+                         decoder_initialization="uniform")  # fmt: skip
+    solver = AdamWSolver(problem)
+    before = [p.detach().clone() for p in solver.models()[0].parameters()]
+    plain = GradiendModel(problem.config)
+    plain.load_state_dict(solver.models()[0].state_dict())
+    texts = batch_at(solver.texts, 0, 16, problem.args.seed).texts
+    found = gradients(problem.base_model, collate(texts, problem.pad_token_id), problem.selection,
+                      ("factual", "diff"))  # fmt: skip
+
+    (logs,) = run(problem, solver)
+
+    output = plain(found["factual"], found["diff"])
+    output.loss.backward()
+    assert logs["loss"] == pytest.approx(output.loss.item(), rel=1e-4)
+    assert logs["signed_encoding"] == pytest.approx(output.encodings.item(), abs=1e-6)
+    # Adam's first step is lr·g/(|g| + ε): minus the sign of the gradient, where it is not tiny.
+    for p, old, q in zip(solver.models()[0].parameters(), before, plain.parameters(), strict=True):
+        clear = q.grad.abs() > 1e-5
+        moved = (p.detach() - old)[clear]
+        expected = -1e-3 * q.grad.sign()[clear]
+        torch.testing.assert_close(moved, expected, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_steps"),
+    [({"max_steps": 7}, 7), ({"max_steps": -1, "num_train_epochs": 2}, 12),
+     ({"max_steps": -1, "num_train_epochs": 0.5}, 3)],
+)  # fmt: skip
+def test_epochs_and_steps_give_the_number_of_steps(planted_bert, problem_of, settings, n_steps):
+    # 96 texts in batches of 16: six steps an epoch.
+    assert AdamWSolver(problem_of(planted_bert, solver="adamw", **settings)).n_steps == n_steps
+
+
+def test_a_given_start_is_where_every_seed_starts(planted_bert, problem_of):
+    problem = problem_of(planted_bert, solver="adamw", n_seeds=2)
+    start = GradiendModel(problem.config)
+
+    solver = AdamWSolver(problem, start)
+
+    for gradiend in solver.models():
+        assert all(map(torch.equal, gradiend.parameters(), start.parameters()))
+    own = AdamWSolver(problem).models()[0]
+    assert not torch.equal(own.encoder.bias, start.encoder.bias)  # the control
+
+
+def test_starting_does_not_touch_the_global_generator(planted_bert, problem_of):
+    problem = problem_of(planted_bert, solver="adamw")
+    before = torch.random.get_rng_state()
+
+    AdamWSolver(problem)
+
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_solvers_share_of_two_processes_adds_up_to_that_of_one(planted, problem_of):
+    # Two ranks in one process: each adds its part of every batch, and the sums are added.
+    whole = problem_of(planted)
+    solver = ClosedFormSolver(whole)
+    run(whole, solver)
+    expected = {name: tensor.clone() for name, tensor in solver.state_tensors().items()}
+
+    total: dict[str, torch.Tensor] = {}
+    for rank in (0, 1):
+        part = problem_of(planted, per_device_train_batch_size=8)
+        object.__setattr__(part, "rank", rank)
+        object.__setattr__(part, "world_size", 2)
+        solver = ClosedFormSolver(part)
+        run(part, solver)
+        for name, tensor in solver.state_tensors().items():
+            total[name] = total.get(name, 0) + tensor
+
+    for name, tensor in expected.items():
+        torch.testing.assert_close(total[name], tensor, rtol=1e-3, atol=1e-6)
+    assert float(expected["direction." + whole.selection.names[0]].abs().max()) > 1e-5
+
+
+def test_a_planted_feature_is_read_from_gradients_of_names_never_trained_on(planted, problem_of):
+    problem = problem_of(planted)
+    solver = ClosedFormSolver(problem)
+    run(problem, solver)
+    (gradiend,) = solver.models()
+
+    h = gradiend.encode_texts(
+        planted.model, planted.tokenizer, planted.data["test"], progress=False
+    )
+
+    signs = [1.0 if label == "F" else -1.0 for label in planted.data["test"]["factual_class"]]
+    assert planted.learned > 0.9  # the control: there is a feature to be read
+    assert pearson_correlation(h[:, 0], torch.tensor(signs)) > 0.9
