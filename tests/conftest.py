@@ -35,9 +35,11 @@ SENTENCES = (
 
 # A language in which the name decides the pronoun, and nothing else does.
 NAMES = {
-    "F": "anna mary lucy emma clara rose alice helen julia laura nora ruth".split(),
-    "M": "paul john mark peter adam carl david eric frank henry jack luke".split(),
-}
+    "F": ["anna", "mary", "lucy", "emma", "clara", "rose", "alice", "helen", "julia", "laura",
+          "nora", "ruth"],
+    "M": ["paul", "john", "mark", "peter", "adam", "carl", "david", "eric", "frank", "henry",
+          "jack", "luke"],
+}  # fmt: skip
 PRONOUNS = {"F": "she", "M": "he"}
 SENTENCES_OF_A_NAME = (
     "{} said that [TARGET] was late .",
@@ -49,7 +51,7 @@ SENTENCES_OF_A_NAME = (
     "the nurse took {} home when [TARGET] was tired .",
     "{} took the coat that [TARGET] put on .",
 )
-# Names that the base model knows, but that the GRADIEND is not trained on, tell whether it generalises.
+# The base model knows every name; a GRADIEND is tested on names that it was not trained on.
 NAMES_OF_SPLITS = {"train": slice(0, 6), "validation": slice(6, 9), "test": slice(9, 12)}
 
 
@@ -229,7 +231,7 @@ def _feature_rows(split: str) -> list[dict[str, str]]:
 def _learn_pronouns(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]
 ) -> int:
-    """Train on the pronouns with plain PyTorch; the number of texts that the model then gets right."""
+    """Train on the pronouns with plain PyTorch; how many texts the model then gets right."""
     filled = [row["text"].replace("[TARGET]", row["factual"]) for row in rows]
     encoded = tokenizer(filled, padding=True, return_tensors="pt")
     ids, attention = encoded["input_ids"], encoded["attention_mask"]

@@ -3,7 +3,7 @@
 import argparse
 
 from hf_gradiend.cli.common import load_gradiend_and_base
-from hf_gradiend.errors import ConfigError
+from hf_gradiend.errors import ConfigError, OutputError
 from hf_gradiend.evaluation.report import choose_gender_edit, is_gender
 from hf_gradiend.files import replaced_folder, writable_folder
 
@@ -22,12 +22,18 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     Raises:
         ConfigError: If half an edit is given, or none is given or stored and none can be chosen.
+        OutputError: If the output folder is not empty.
     """
     if (args.feature_factor is None) != (args.step_size is None):
         raise ConfigError(
             "Expected --feature_factor and --step_size together, but got one of them."
         )
-    writable_folder(args.output_dir)
+    folder = writable_folder(args.output_dir)
+    if any(folder.iterdir()):  # it is replaced as a whole: never the GRADIEND or somebody's files
+        raise OutputError(
+            f"Expected a new or empty folder for the edited model, but {args.output_dir!r} holds "
+            f"files. Choose another --output_dir, or empty it."
+        )
     gradiend, base_model, tokenizer = load_gradiend_and_base(args)
     h, alpha = args.feature_factor, args.step_size
     if h is None:

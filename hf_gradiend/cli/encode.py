@@ -10,7 +10,7 @@ import torch
 
 from hf_gradiend.cli.common import load_gradiend_and_base, split_of, table
 from hf_gradiend.data.loading import load_feature_dataset
-from hf_gradiend.errors import CompatibilityError, DataError
+from hf_gradiend.errors import CompatibilityError, ConfigError, DataError, OutputError
 from hf_gradiend.files import writable_folder
 from hf_gradiend.metrics import bootstrap, pearson_correlation, sign_accuracy
 
@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         DataError: If the GRADIEND's classes are not those of the data.
         CompatibilityError: If all texts that can be read are of one class.
     """
-    if args.output is not None:
-        writable_folder(Path(args.output).parent)
+    _check(args)
     data = split_of(load_feature_dataset(args.dataset), args.split)
     gradiend, base_model, tokenizer = load_gradiend_and_base(args)
     positive, negative = (gradiend.config.feature_classes or [["+", "−"]])[0]
@@ -73,6 +72,21 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "n_skipped": int((~read).sum()),
         "output": args.output,
     }
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse, before any work, what could not be done at the end of it.
+
+    Raises:
+        ConfigError: If the batch size is not positive.
+        OutputError: If the rows cannot be written where asked to.
+    """
+    if args.batch_size < 1:
+        raise ConfigError(f"Expected --batch_size of at least 1, but got {args.batch_size}.")
+    if args.output is not None:
+        writable_folder(Path(args.output).parent)
+        if Path(args.output).is_dir():
+            raise OutputError(f"Expected --output to be a file, but {args.output!r} is a folder.")
 
 
 def _write_rows(path: Path, data, encodings: list[float]) -> None:  # noqa: ANN001 - a Dataset

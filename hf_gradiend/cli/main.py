@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
 from hf_gradiend.cli import adapt, encode, quickstart, train
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     if args.json:
         transformers_logging.disable_progress_bar()
+        datasets_logging.disable_progress_bar()
     try:
         result = args.run(args)
     except GradiendError as error:

@@ -154,9 +154,12 @@ def _show(report: dict, judged: JudgedEdit | None, folder: Path, say) -> None:  
         before, after = report["before"], report["after"]
         rows = [["on occupations not chosen on", "before", "after", "after / before"]]
         rows += [
-            [m, f"{before[m]:.4f}", f"{after[m]:.4f}", f"{after[m] / before[m]:.3f}"]
+            [
+                m, f"{before[m]:.4f}", f"{after[m]:.4f}",
+                f"{after[m] / before[m]:.3f}" if before[m] else "–",
+            ]
             for m in MEASURES
-        ]
+        ]  # fmt: skip
         edit = report["edit"]
         say(f"\nEdit: θ + {edit['step_size']:.4g} · dec({edit['feature_factor']:.3g})")
         say(table(rows))

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     given = {
         theirs: getattr(args, ours)
         for ours, theirs in _ARGUMENTS.items()
-        if getattr(args, ours) not in (None, False)
+        if getattr(args, ours) is not None and getattr(args, ours) is not False  # 0 is a value
     }
     arguments = GradiendTrainingArguments(output_dir=str(folder), disable_tqdm=args.json, **given)
     data = load_feature_dataset(args.dataset)

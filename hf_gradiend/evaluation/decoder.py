@@ -22,7 +22,8 @@ class EditMeasures:
     """What a model says at slots that do not determine the class, and how well it models language.
 
     Args:
-        imbalance: Mean |P₊ − P₋| / (P₊ + P₋), in [0, 1]; 0 is balanced.
+        imbalance: Mean |P₊ − P₋| / (P₊ + P₋), in [0, 1]; 0 is balanced. A text at which both are 0
+            counts as 1.
         mass: Mean P₊ + P₋, in [0, 1].
         p_plus: Mean probability P₊ of the + class's words.
         p_minus: Mean probability P₋ of the − class's words.
@@ -51,7 +52,8 @@ class EditMeasures:
         plus, minus = probabilities.double().unbind(1)
         mass = plus + minus
         return cls(
-            imbalance=float(((plus - minus).abs() / mass).mean()),
+            # 0/0 would be NaN, which compares as better than everything.
+            imbalance=float(((plus - minus).abs() / mass).masked_fill(mass == 0, 1.0).mean()),
             mass=float(mass.mean()),
             p_plus=float(plus.mean()),
             p_minus=float(minus.mean()),
@@ -106,7 +108,7 @@ class EditProbe:
         neutral_texts: Texts for the language-model score.
         base_model: Base model (for its objective).
         processing_class: Its tokenizer.
-        batch_size: Texts per forward pass.
+        batch_size: Prompts per forward pass.
 
     Raises:
         DataError: If a class has no word that is a single token.
@@ -128,17 +130,18 @@ class EditProbe:
         rows = [{"text": row["text"], "word": words[0][0]} for row in prompts]
         texts = prepare_texts(rows, processing_class, objective, words=("word",))
         self.n_texts = texts.n_rows
+        self.rows_read = [text.index for text in texts]
         self.batches = [
             ([text.index for text in group], collate(group, pad_token_id_of(processing_class)))
             for group in batches_by_length(texts, batch_size)
         ]
-        self.language = LanguageModelProbe(
-            neutral_texts, processing_class, objective, batch_size=batch_size
-        )
+        self.language = LanguageModelProbe(neutral_texts, processing_class, objective)
 
     @torch.no_grad()
     def probabilities(self) -> Tensor:
         """P₊ and P₋ at the slot of every text, `(texts, 2)` float32 on the CPU; mean over slots.
+
+        Texts without room for their target are left out.
 
         Raises:
             NumericalError: If a probability is NaN.
@@ -153,8 +156,8 @@ class EditProbe:
                 sums = masses.new_zeros(batch.n_texts, 2)
                 sums.index_add_(0, on_device.term_outputs, weighted)
                 found[indices] = sums.cpu()
-        read = found[~found.isnan().all(1)]
-        if not bool(torch.isfinite(read).all()) or not len(read):
+        read = found[self.rows_read]
+        if not bool(torch.isfinite(read).all()):
             raise NumericalError("Expected finite probabilities at the slots, but got NaN.")
         return read
 
@@ -288,6 +291,12 @@ class _EditSearch:
         self.left -= 1
         self.bar.update()
         self.editor.apply(h, alpha)
+        try:
+            return self._is_better(h, alpha)
+        except NumericalError:  # an edit that breaks the model is out of the limits
+            return False
+
+    def _is_better(self, h: float, alpha: float) -> bool:
         probabilities = self.probe.probabilities()
         rough = EditMeasures.of(probabilities, self.before.lm_score)
         best = self.before if self.best is None else self.best.measures

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.data.collation import SLOT
-from hf_gradiend.errors import DataError
+from hf_gradiend.errors import DataError, NumericalError
 from hf_gradiend.gradients.forward import encode_texts
 from hf_gradiend.metrics import (
     Estimate,
@@ -124,8 +124,10 @@ def evaluate_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
         The report, with 95 % bootstrap intervals (1,000 resamples).
 
     Raises:
-        DataError: If the GRADIEND's classes are not those of the data, or nothing can be read.
-    """  # noqa: DOC502 - DataError is raised by what it calls
+        DataError: If the GRADIEND's classes are not those of the data, a split has texts of one
+            class alone, or nothing can be read.
+        NumericalError: If all texts of a split have the same encoding.
+    """  # noqa: DOC502 - raised by what it calls
     positive, negative = gradiend.config.feature_classes[0]
     run = {"batch_size": batch_size, "max_length": max_length, "progress": progress}
     neutral_rows = neutral_readings(neutral_texts, seed=seed)
@@ -135,6 +137,7 @@ def evaluate_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
     for name, dataset in splits.items():
         read = encode_texts(gradiend, base_model, processing_class, dataset, **run)
         signs = _signs(dataset["factual_class"], positive, negative)
+        _check_variety(name, read.source[:, 0], signs)
         counter = None if read.counterfactual is None else read.counterfactual[:, 0]
         reports[name] = _split_report(
             read.source[:, 0], counter, signs, neutral, (positive, negative), seed
@@ -206,6 +209,27 @@ def _signs(classes: Sequence[str], positive: str, negative: str) -> Tensor:
     return torch.tensor([1.0 if name == positive else -1.0 for name in classes])
 
 
+def _check_variety(split: str, encodings: Tensor, signs: Tensor) -> None:
+    """Refuse a split for which no correlation is defined.
+
+    Raises:
+        DataError: If its readable texts are of one class.
+        NumericalError: If they all have the same encoding.
+    """
+    read = encodings.isfinite()
+    h, y = encodings[read], signs[read]
+    if bool((y == y[0]).all()):
+        raise DataError(
+            f"Expected texts of both classes in the split {split!r}, but all of its {len(y):,} "
+            f"readable texts are of one."
+        )
+    if bool((h == h[0]).all()):
+        raise NumericalError(
+            f"Expected encodings that differ, but all {len(h):,} texts of the split {split!r} read "
+            f"{float(h[0]):.3g}. The GRADIEND has learned nothing, or was made for another model."
+        )
+
+
 def _split_report(
     encodings: Tensor,
     counterfactual: Tensor | None,
@@ -244,6 +268,7 @@ def _transfer_pairs(rows: Dataset, positive: Tensor, negative: Tensor) -> list[T
     return [
         TransferPair(pair, kind, float(positive[found].nanmean()), float(negative[found].nanmean()))
         for (pair, kind), found in members.items()
+        if bool(positive[found].isfinite().any())  # else none of its contexts could be read
     ]
 
 

@@ -37,7 +37,7 @@ class LanguageModelProbe:
         texts: Neutral texts.
         tokenizer: Tokenizer of the models.
         objective: `"masked"` or `"causal"`.
-        batch_size: Texts per forward pass.
+        batch_size: Texts per forward pass; few, since the logits of all their tokens are held.
         max_length: Longest input in tokens; the rest of a text is not read.
         mask_share: Share of the tokens to mask for a masked model, in (0, 1).
         n_draws: Number of times a masked model reads each text, each time with other masks. One
@@ -46,7 +46,7 @@ class LanguageModelProbe:
         seed: Seed of the masks.
 
     Raises:
-        DataError: If no token of the texts can be scored.
+        DataError: If no token of the texts can be scored, or a masked model has no mask token.
     """
 
     def __init__(  # noqa: PLR0913 - the texts, how to read them, and how to draw the masks
@@ -55,13 +55,17 @@ class LanguageModelProbe:
         tokenizer: PreTrainedTokenizerBase,
         objective: Objective,
         *,
-        batch_size: int = 32,
+        batch_size: int = 8,
         max_length: int = DEFAULT_MAX_LENGTH,
         mask_share: float = 0.15,
         n_draws: int = 4,
         seed: int = 0,
     ) -> None:
         check_tokenizer(tokenizer)
+        if objective == "masked" and tokenizer.mask_token_id is None:
+            raise DataError(
+                "Expected a tokenizer with a mask token for a masked model; it has none."
+            )
         self.objective: Objective = objective
         generator = torch.Generator().manual_seed(seed)
         encoded = [

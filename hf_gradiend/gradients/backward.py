@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_gradiend.base_models import evaluation_mode
 from hf_gradiend.data.collation import TargetBatch
-from hf_gradiend.errors import NumericalError
+from hf_gradiend.errors import NumericalError, SelectionError
 from hf_gradiend.gradients.objectives import side_scores, target_log_probabilities
 from hf_gradiend.parameters import ParameterSelection
 
@@ -47,8 +47,14 @@ class GradientStream:
 
         Raises:
             NumericalError: If a loss is NaN or infinite.
+            SelectionError: If no selected parameter lies on the way to the predictions.
         """
         scores = target_log_probabilities(self.model, batch)
+        if not scores.requires_grad:
+            raise SelectionError(
+                f"Expected selected weights that the predictions depend on, but "
+                f"{type(self.model).__name__} does not use any of them at the slot. Select others."
+            )
         losses = {side: side_scores(scores, side).mean() for side in sides}
         for side, loss in losses.items():
             if not bool(torch.isfinite(loss)):

@@ -28,9 +28,8 @@ def aligned_means(problem: TrainingProblem, *, progress: bool = False) -> ClassM
     )
     with gradient_stream(problem.base_model, problem.selection) as stream:
         for batch in tqdm(batches, desc="Pruning", unit="batch", disable=not progress):
-            share = problem.share_of(batch.texts)
-            if share is not None:
-                means.add(stream, share, batch.sign)
+            for part in problem.parts_of(batch.texts):
+                means.add(stream, part, batch.sign)
     for tensor in means.state_tensors().values():
         problem.reduce(tensor)
     return means

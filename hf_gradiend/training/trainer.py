@@ -33,7 +33,7 @@ from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.collation import PreparedTexts, prepare_texts
 from hf_gradiend.data.loading import validate_feature_dataset
-from hf_gradiend.errors import ConfigError, NumericalError
+from hf_gradiend.errors import ConfigError, DataError, NumericalError
 from hf_gradiend.files import writable_folder, write_json
 from hf_gradiend.gradients.backward import gradient_stream
 from hf_gradiend.gradients.forward import project_texts
@@ -329,6 +329,10 @@ class GradiendTrainer:
     def _classes(self, dataset: Dataset) -> list[str]:
         validate_feature_dataset(dataset)
         present = sorted(set(dataset["factual_class"]))
+        if len(present) != 2:
+            raise DataError(
+                f"Expected training texts of two classes, but all have the factual class {present}."
+            )
         wanted = self.args.feature_classes
         if wanted is not None and sorted(wanted) != present:
             raise ConfigError(

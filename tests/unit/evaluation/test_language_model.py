@@ -172,7 +172,9 @@ def test_every_draw_has_other_masks_and_a_seed_gives_them_again(make_lm):
     lm = make_lm("bert")
 
     def masks(seed):
-        probe = LanguageModelProbe(TEXTS * 5, lm.tokenizer, "masked", n_draws=2, seed=seed)
+        probe = LanguageModelProbe(
+            TEXTS * 5, lm.tokenizer, "masked", n_draws=2, seed=seed, batch_size=20
+        )
         return [rows == lm.tokenizer.mask_token_id for rows in inputs_seen(lm, probe)]
 
     first, second = masks(seed=0)

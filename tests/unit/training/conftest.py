@@ -20,7 +20,7 @@ def arguments(tmp_path) -> Callable[..., GradiendTrainingArguments]:
     def arguments(**settings: object) -> GradiendTrainingArguments:
         defaults = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True}
         if settings.get("solver") == "adamw":
-            defaults |= {"learning_rate": 1e-3, "max_steps": 60}
+            defaults |= {"learning_rate": 3e-3, "max_steps": 20}
         return GradiendTrainingArguments(
             **{**defaults, "per_device_train_batch_size": 16, **settings}
         )
@@ -33,7 +33,7 @@ def problem_of(arguments) -> Callable[..., TrainingProblem]:
     """Function of a planted feature and rows of its training texts."""
 
     def problem_of(
-        planted,  # noqa: ANN001 - tests/conftest.py is no module to import from
+        planted,
         rows: list[int] | None = None,
         selection: ParameterSelection | None = None,
         **settings: object,

@@ -8,6 +8,7 @@ from hf_gradiend.errors import NumericalError
 from hf_gradiend.gradients.backward import gradient_stream, gradients
 from hf_gradiend.metrics import pearson_correlation
 from hf_gradiend.modeling_gradiend import GradiendModel
+from hf_gradiend.training import solvers
 from hf_gradiend.training.solvers import AdamWSolver, ClosedFormSolver, fit_scale
 from hf_gradiend.training.texts import batch_at
 
@@ -69,9 +70,7 @@ def source_gradients(problem, texts):
 def test_the_closed_form_is_the_class_means_of_the_texts_that_do_not_calibrate(planted, problem_of):
     problem = problem_of(planted)
     solver = ClosedFormSolver(problem)
-    found = {
-        sign: source_gradients(problem, solver.fitted.of_sign(sign)) for sign in (+1, -1)
-    }
+    found = {sign: source_gradients(problem, solver.fitted.of_sign(sign)) for sign in (+1, -1)}
 
     run(problem, solver)
     (gradiend,) = solver.models()
@@ -83,7 +82,9 @@ def test_the_closed_form_is_the_class_means_of_the_texts_that_do_not_calibrate(p
     largest = max(float(t.abs().max()) for t in direction.values())
     name = max(direction, key=lambda name: float(direction[name].abs().max()))
     at = int(direction[name].abs().argmax())
-    scale = float(gradiend.encoder.weight.at(name).view(-1)[at] / direction[name].view(-1)[at])
+    scale = (
+        gradiend.encoder.weight.at(name).view(-1)[at].item() / direction[name].view(-1)[at].item()
+    )
     assert scale > 0  # towards the + class
     for name in gradiend.names:
         plus, minus = mean(+1, "diff", name), mean(-1, "diff", name)
@@ -104,7 +105,7 @@ def test_the_average_text_that_calibrated_is_encoded_at_nine_tenths(planted, pro
         found = source_gradients(problem, solver.calibration.of_sign(sign))
         # tanh's argument, from each text's own gradient by a backward pass
         z = [
-            sum(float((gradiend.encoder.weight.at(n)[0] * one["factual"][n]).sum()) for n in
+            sum((gradiend.encoder.weight.at(n)[0] * one["factual"][n]).sum().item() for n in
                 gradiend.names) + gradiend.encoder.bias.item()
             for one in found
         ]  # fmt: skip
@@ -143,7 +144,7 @@ def test_seeds_side_by_side_equal_each_start_trained_alone_on_the_same_batches(
 
 def test_one_adamw_step_moves_along_the_gradient_of_the_models_own_loss(planted, problem_of):
     problem = problem_of(planted, solver="adamw", max_steps=1, weight_decay=0.0,
-                         decoder_initialization="uniform")  # fmt: skip
+                         learning_rate=1e-3, decoder_initialization="uniform")  # fmt: skip
     solver = AdamWSolver(problem)
     before = [p.detach().clone() for p in solver.models()[0].parameters()]
     plain = GradiendModel(problem.config)
@@ -217,6 +218,36 @@ def test_the_solvers_share_of_two_processes_adds_up_to_that_of_one(planted, prob
     for name, tensor in expected.items():
         torch.testing.assert_close(total[name], tensor, rtol=1e-3, atol=1e-6)
     assert float(expected["direction." + whole.selection.names[0]].abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize("solver_class", [ClosedFormSolver, AdamWSolver])
+def test_the_parts_that_a_batch_is_cut_into_make_no_difference(
+    planted, problem_of, monkeypatch, solver_class
+):
+    settings = {"solver": "adamw", "max_steps": 3} if solver_class is AdamWSolver else {}
+    found, passes = [], []
+    handle = planted.model.register_forward_hook(lambda *_: passes.append(1))
+    for tokens in (1, 30, 10_000):  # a text at a time, two or three, all at once
+        monkeypatch.setattr(solvers, "TOKENS_PER_PASS", tokens)
+        problem = problem_of(planted, per_device_train_batch_size=8, **settings)
+        solver = solver_class(problem)
+        passes.clear()
+        logs = run(problem, solver)
+        found.append((len(passes), logs, dict(solver.state_tensors())))
+    handle.remove()
+
+    (most, logs, state), (some, *_), (least, last_logs, last_state) = found
+    assert most > some > least  # the control: the batches were cut
+    for one, other in zip(logs, last_logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    # Adam's first steps divide a gradient by its size: where it nearly vanishes, rounding may turn
+    # its sign, and the weight is then up to two learning rates of 3e-3 per step away.
+    tolerance = {"rtol": 1e-3, "atol": 1e-6 if solver_class is ClosedFormSolver else 1e-3}
+    far = 0
+    for name, tensor in last_state.items():
+        close = torch.isclose(state[name], tensor, **tolerance)
+        far += int((~close).sum())
+    assert far <= 1e-3 * sum(tensor.numel() for tensor in last_state.values())
 
 
 def test_a_planted_feature_is_read_from_gradients_of_names_never_trained_on(planted, problem_of):

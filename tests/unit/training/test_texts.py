@@ -104,7 +104,9 @@ def test_one_pass_begins_with_the_longest_texts():
     longest = [max(one.length for one in batch.texts) for batch in batches]
     assert longest == sorted(longest, reverse=True)
     # The texts of a batch are of similar length: 20 texts of 7 lengths in batches of 4.
-    assert all(max(b.texts, key=len_of).length - min(b.texts, key=len_of).length <= 2 for b in batches)
+    assert all(
+        max(b.texts, key=len_of).length - min(b.texts, key=len_of).length <= 2 for b in batches
+    )
 
 
 def len_of(one: PreparedText) -> int:
@@ -114,7 +116,9 @@ def len_of(one: PreparedText) -> int:
 # ---- balanced, split, label_texts ----
 
 
-@pytest.mark.parametrize(("n_texts", "expected"), [(6, (3, 3)), (7, (3, 3)), (1, (1, 1)), (16, (8, 5))])
+@pytest.mark.parametrize(
+    ("n_texts", "expected"), [(6, (3, 3)), (7, (3, 3)), (1, (1, 1)), (16, (8, 5))]
+)
 def test_balanced_takes_as_many_of_each_class(n_texts, expected):
     taken = labelled(12, 5).balanced(n_texts, seed=0)
 

@@ -21,13 +21,19 @@ from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.trainer import GradiendTrainer
 
 SOLVERS = pytest.mark.parametrize("solver", ["closed_form", "adamw"])
+LEARNING = {
+    "closed_form": {"solver": "closed_form"},
+    "adamw": {"solver": "adamw", "max_steps": 100},
+}
 
 
 @pytest.fixture
 def trainer_of(arguments):
     """Function of a planted feature and training arguments that makes a trainer."""
 
-    def trainer_of(planted, *, train=None, validation=None, evaluate=True, callbacks=(), **settings):
+    def trainer_of(
+        planted, *, train=None, validation=None, evaluate=True, callbacks=(), **settings
+    ):
         train = planted.data["train"] if train is None else train
         if validation is None and evaluate:
             validation = planted.data["validation"]
@@ -81,7 +87,7 @@ def assert_same_bits(one, other) -> None:
 
 @SOLVERS
 def test_a_planted_feature_is_found_on_names_never_trained_on(planted, trainer_of, solver):
-    trainer = trainer_of(planted, solver=solver)
+    trainer = trainer_of(planted, **LEARNING[solver])
 
     trainer.train()
 
@@ -92,18 +98,16 @@ def test_a_planted_feature_is_found_on_names_never_trained_on(planted, trainer_o
 @SOLVERS
 def test_shuffled_labels_teach_nothing(planted_bert, trainer_of, solver):
     correlations = []
-    for seed in range(8):
+    for seed in range({"closed_form": 12, "adamw": 4}[solver]):
         train = shuffled_labels(planted_bert.data["train"], seed)
         test = shuffled_labels(planted_bert.data["test"], seed + 100)
         trainer = trainer_of(
             planted_bert, train=train, evaluate=False, solver=solver, seed=seed,
             save_strategy="no", load_best_model_at_end=False, eval_strategy="no",
-            **({"max_steps": 30} if solver == "adamw" else {}),
         )  # fmt: skip
         try:
             trainer.train()
-        except NumericalError as error:  # by chance the classes come out in the wrong order
-            assert "class labels right" in str(error)
+        except NumericalError:  # by chance the classes come out in the wrong order
             continue
         correlations.append(held_out_correlation(planted_bert, trainer.model, data=test))
 
@@ -115,7 +119,7 @@ def test_shuffled_labels_teach_nothing(planted_bert, trainer_of, solver):
 @SOLVERS
 @pytest.mark.parametrize("classes", [["F", "M"], ["M", "F"]])
 def test_the_class_named_first_encodes_to_plus_one(planted_bert, trainer_of, solver, classes):
-    trainer = trainer_of(planted_bert, solver=solver, feature_classes=classes)
+    trainer = trainer_of(planted_bert, feature_classes=classes, **LEARNING[solver])
 
     trainer.train()
 
@@ -124,42 +128,17 @@ def test_the_class_named_first_encodes_to_plus_one(planted_bert, trainer_of, sol
 
 
 @pytest.mark.parametrize("evaluate", [True, False])
-def test_a_seed_that_comes_out_reversed_is_turned_round(planted_bert, trainer_of, evaluate):
-    # A small learning rate keeps the sign that a random start happens to have.
+def test_a_seed_that_comes_out_reversed_is_turned_round(planted_gpt2, trainer_of, evaluate):
     def run(seed):
-        trainer = trainer_of(planted_bert, evaluate=evaluate, solver="adamw", seed=seed,
-                             learning_rate=1e-7, max_steps=2, eval_steps=1)  # fmt: skip
+        trainer = trainer_of(planted_gpt2, evaluate=evaluate, seed=seed, **LEARNING["adamw"])
         result = trainer.train()
         signs = [log["signed_encoding"] for log in result.history if "signed_encoding" in log]
-        return sum(signs) / len(signs), held_out_correlation(planted_bert, trainer.model)
+        return sum(signs) / len(signs), held_out_correlation(planted_gpt2, trainer.model)
 
-    in_training, after = zip(*(run(seed) for seed in range(6)), strict=True)
+    in_training, after = zip(*(run(seed) for seed in (0, 1)), strict=True)
 
-    assert min(in_training) < 0 < max(in_training)  # the control: some starts are reversed
-    assert min(after) > 0.3
-
-
-def test_turning_round_leaves_dec_of_enc_as_it_was(planted_bert, trainer_of):
-    from hf_gradiend.training.solvers import AdamWSolver
-
-    reversed_start = None
-    for seed in range(6):
-        trainer = trainer_of(planted_bert, solver="adamw", seed=seed, learning_rate=1e-7,
-                             max_steps=1, decoder_initialization="uniform")  # fmt: skip
-        trainer.train()
-        start = AdamWSolver(trainer._problem()).models()[0]  # 1e-7 away from where training ended
-        if not torch.allclose(start.encoder.bias, trainer.model.encoder.bias, atol=1e-6):
-            reversed_start = start
-            break
-    assert reversed_start is not None  # the control
-
-    trained = trainer.model
-    for name in trained.names:
-        for part in (trained.encoder.weight, trained.decoder.weight):
-            own = reversed_start.encoder if part is trained.encoder.weight else reversed_start.decoder
-            torch.testing.assert_close(part.at(name), -own.weight.at(name), rtol=0, atol=1e-6)
-        bias = reversed_start.decoder.bias.at(name)
-        torch.testing.assert_close(trained.decoder.bias.at(name), bias, rtol=0, atol=1e-6)
+    assert min(in_training) < 0 < max(in_training)  # the control: one of them is reversed
+    assert min(after) > 0.9
 
 
 @SOLVERS
@@ -178,10 +157,9 @@ def test_the_base_model_is_left_bit_for_bit(planted, trainer_of, solver):
     assert all(p.grad is None for p in planted.model.parameters())
 
 
-@SOLVERS
 @pytest.mark.parametrize("option", ["prune_fraction", "top_k"])
-def test_a_tenth_of_the_weights_is_enough(planted_gpt2, trainer_of, solver, option):
-    trainer = trainer_of(planted_gpt2, solver=solver, **{option: 0.1})
+def test_a_tenth_of_the_weights_is_enough(planted_gpt2, trainer_of, option):
+    trainer = trainer_of(planted_gpt2, **{option: 0.1})
 
     result = trainer.train()
 
@@ -229,9 +207,7 @@ def test_the_first_of_several_seeds_equals_the_run_with_that_seed_alone(planted_
 
 
 def test_the_best_of_several_seeds_by_validation_is_kept(planted_bert, trainer_of):
-    trainer = trainer_of(
-        planted_bert, solver="adamw", n_seeds=3, max_steps=2, learning_rate=1e-6
-    )
+    trainer = trainer_of(planted_bert, solver="adamw", n_seeds=3, max_steps=2, learning_rate=1e-6)
 
     result = trainer.train()
 
@@ -245,33 +221,33 @@ def test_the_best_of_several_seeds_by_validation_is_kept(planted_bert, trainer_o
 
 
 class Recorder(TrainerCallback):
-    """Remembers the events and the state at each of them."""
+    """Remembers the events, and the correlation at each evaluation."""
 
     def __init__(self):
         self.events: list[str] = []
         self.evaluated: dict[int, float] = {}
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, *_, **__):
         self.events.append("train_begin")
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(self, *_, **__):
         self.events.append("step_begin")
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, *_, **__):
         self.events.append("step_end")
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(self, *_, logs, **__):
         self.events.append("log")
         assert all(math.isfinite(value) for value in logs.values())
 
-    def on_evaluate(self, args, state, control, metrics=None, **_):
+    def on_evaluate(self, _, state, *__, metrics, **___):
         self.events.append("evaluate")
         self.evaluated[state.global_step] = metrics["eval_correlation"]
 
-    def on_save(self, args, state, control, **_):
+    def on_save(self, *_, **__):
         self.events.append("save")
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, *_, **__):
         self.events.append("train_end")
 
 
@@ -281,7 +257,7 @@ class Stop(TrainerCallback):
     def __init__(self, step: int, *, interrupt: bool = True):
         self.step, self.interrupt = step, interrupt
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, _, state, control, **__):
         if state.global_step == self.step:
             if self.interrupt:
                 raise KeyboardInterrupt
@@ -334,9 +310,7 @@ def test_a_good_start_does_not_keep_later_models_from_being_saved(
 
 
 @pytest.mark.parametrize("how", ["no data", "load_best_model_at_end", "too few steps"])
-def test_without_a_best_checkpoint_the_last_model_is_kept(
-    planted_bert, trainer_of, tmp_path, how
-):
+def test_without_a_best_checkpoint_the_last_model_is_kept(planted_bert, trainer_of, tmp_path, how):
     settings = {"solver": "adamw", "max_steps": 6, "eval_steps": 2, "save_steps": 2}
     if how == "load_best_model_at_end":
         settings["load_best_model_at_end"] = False
@@ -385,7 +359,9 @@ def test_checkpoints_of_an_earlier_run_do_not_displace_those_of_this_one(
     trainer_of(planted_bert, evaluate=False, max_steps=8, **settings).train()
     assert (tmp_path / "run" / "checkpoint-8").is_dir()
 
-    interrupted = trainer_of(planted_bert, evaluate=False, max_steps=8, callbacks=[Stop(5)], **settings)
+    interrupted = trainer_of(
+        planted_bert, evaluate=False, max_steps=8, callbacks=[Stop(5)], **settings
+    )
     with pytest.raises(KeyboardInterrupt):
         interrupted.train()
     result = trainer_of(planted_bert, evaluate=False, max_steps=8, **settings).train(
@@ -466,9 +442,7 @@ def test_ctrl_c_in_the_middle_of_a_step_does_not_cut_it_in_half(
     assert len(calls) < 8  # the control: the run was stopped
 
 
-def test_a_step_that_was_cut_in_half_all_the_same_is_not_saved(
-    planted_bert, trainer_of, tmp_path
-):
+def test_a_step_that_was_cut_in_half_all_the_same_is_not_saved(planted_bert, trainer_of, tmp_path):
     trainer = trainer_of(planted_bert)
     name = trainer.selection.names[0]
     calls = []
@@ -685,10 +659,20 @@ def test_a_learning_rate_that_explodes_is_a_numerical_error(planted_bert, traine
         trainer.train()
 
 
-def test_weights_that_no_text_reaches_are_an_error_or_read_nothing(planted_bert, trainer_of):
+@SOLVERS
+def test_weights_that_no_prediction_depends_on_are_an_error(planted_bert, trainer_of, solver):
     planted_bert.model.unused = torch.nn.Linear(2, 2)
-    adamw = trainer_of(planted_bert, solver="adamw", parameters=["unused.*"], max_steps=2, eval_steps=1)
 
-    with pytest.raises(NumericalError, match="carry the feature"):
-        trainer_of(planted_bert, parameters=["unused.*"]).train()
-    assert adamw.train().convergence[0]["correlation"] == 0.0
+    with pytest.raises(SelectionError, match="BertForMaskedLM does not use any of them"):
+        trainer_of(planted_bert, solver=solver, parameters=["unused.*"]).train()
+
+
+def test_a_gradiend_that_reads_the_same_everywhere_has_no_correlation(planted_bert, trainer_of):
+    trainer = trainer_of(planted_bert)
+    trainer.train()
+    with torch.no_grad():
+        for name in trainer.model.names:
+            trainer.model.encoder.weight.at(name).zero_()
+        trainer.model.encoder.bias.fill_(0.1)
+
+    assert trainer._correlation(trainer.model) == 0.0
