@@ -70,7 +70,7 @@ def load_base_model(  # noqa: PLR0913 - the arguments of transformers' own loade
         objective = objective or _saved_objective(config)
         loader = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(place, **arguments, **gguf)
-        model, loading = loader.from_pretrained(
+        model, loading = loader.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] - a pair
             place,
             dtype=dtype,
             output_loading_info=True,

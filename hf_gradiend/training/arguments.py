@@ -102,6 +102,8 @@ class GradiendTrainingArguments(TrainingArguments):
         problems = [*self._not_offered(), *self._out_of_range(), *self._without_effect()]
         if problems:
             raise ConfigError(f"GradiendTrainingArguments expected {'; and '.join(problems)}.")
+        if self.load_best_model_at_end and self.save_steps == type(self).save_steps:
+            self.save_steps = self.eval_steps or self.save_steps  # transformers wants a multiple
         try:
             super().__post_init__()
         except ValueError as error:  # transformers' own checks of arguments against each other

@@ -247,7 +247,9 @@ class GradiendTrainer:
         is_best = False
         if self.control.should_evaluate and self.eval_texts and self.args.solver == "adamw":
             is_best = self._evaluate(solver)
-        if self.control.should_save or is_best:
+        # Transformers saves at the last step; the closed form has nothing left to resume there.
+        spent = self.args.solver == "closed_form" and self.state.global_step >= solver.n_steps
+        if is_best or (self.control.should_save and not spent):
             path = self._save_checkpoint(solver, folder)
             if is_best:
                 self.state.best_model_checkpoint = str(path)

@@ -134,7 +134,7 @@ def test_all_problems_are_named_at_once_in_one_line():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"eval_steps": 10, "save_steps": 25}, {"save_strategy": "no"}, {"logging_steps": 0}],
+    [{"eval_steps": 10, "save_steps": 15}, {"save_strategy": "no"}, {"logging_steps": 0}],
 )
 def test_arguments_that_contradict_each_other_are_an_error_in_one_line(settings):
     # transformers' own checks, whose messages may have several lines.
@@ -142,6 +142,11 @@ def test_arguments_that_contradict_each_other_are_an_error_in_one_line(settings)
         GradiendTrainingArguments(**settings)
 
     assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_follow_the_evaluations_where_nothing_else_is_said():
+    assert GradiendTrainingArguments(eval_steps=10).save_steps == 10
+    assert GradiendTrainingArguments(eval_steps=10, save_steps=20).save_steps == 20  # the control
 
 
 def test_the_defaults_are_the_papers():
