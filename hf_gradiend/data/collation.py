@@ -236,18 +236,27 @@ def collate(texts: Sequence[PreparedText], pad_token_id: int) -> TargetBatch:
 def batches_by_length(
     texts: Sequence[PreparedText], batch_size: int
 ) -> Iterator[tuple[PreparedText, ...]]:
-    """Batches of texts of similar length, longest first, so that memory peaks at the start.
+    """Batches of texts of similar length, longest first, so that memory peaks early.
+
+    A batch ends early, once it holds eight texts, where the next text would be padded by more than
+    a third of its length.
 
     Args:
         texts: Tokenised texts.
-        batch_size: Texts per batch; the last may have fewer.
+        batch_size: Largest number of texts in a batch.
 
     Yields:
-        The texts of one batch.
+        Every text once.
     """
-    ordered = sorted(texts, key=lambda text: -text.length)
-    for start in range(0, len(ordered), batch_size):
-        yield tuple(ordered[start : start + batch_size])
+    batch: list[PreparedText] = []
+    for text in sorted(texts, key=lambda text: -text.length):
+        dissimilar = len(batch) >= 8 and 4 * text.length < 3 * batch[0].length
+        if len(batch) == batch_size or dissimilar:
+            yield tuple(batch)
+            batch = []
+        batch.append(text)
+    if batch:
+        yield tuple(batch)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
