@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from hf_gradiend.errors import BaseModelError
+from hf_gradiend.errors import BaseModelError, first_line_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,10 @@ def load_base_model(  # noqa: PLR0913 - the arguments of transformers' own loade
     except BaseModelError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         hint = "" if Path(place).exists() else " There is no such folder here either."
         raise BaseModelError(
             f"Expected the Hub id or folder of a masked or causal language model, but {place!r} "
-            f"could not be loaded: {first_line}{hint}"
+            f"could not be loaded: {first_line_of(error)}{hint}"
         ) from error
     missing = sorted(loading.get("missing_keys", ()))
     if missing:

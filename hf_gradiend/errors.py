@@ -31,3 +31,9 @@ class NumericalError(GradiendError, ArithmeticError):
 
 class OutputError(GradiendError, OSError):
     """A result cannot be written to the place that was asked for."""
+
+
+def first_line_of(error: BaseException) -> str:
+    """The first line of a library's message, for use within one line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.base_models import load_base_model
-from hf_gradiend.errors import CompatibilityError, ConfigError, DataError
+from hf_gradiend.errors import CompatibilityError, ConfigError, DataError, first_line_of
 from hf_gradiend.modeling_gradiend import GradiendModel
 
 
@@ -23,10 +23,9 @@ def load_gradiend(path: str) -> GradiendModel:
     try:
         return GradiendModel.from_pretrained(path).eval()
     except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ConfigError(
             f"Expected the folder or Hub id of a GRADIEND, but {path!r} could not be loaded: "
-            f"{first_line}"
+            f"{first_line_of(error)}"
         ) from error
 
 

@@ -76,16 +76,15 @@ def pruned_gradiend(gradiend: GradiendModel, fraction: float) -> GradiendModel:
         gradiend.dtype  # pyright: ignore[reportArgumentType] - transformers' wrapper loses `self`
     )
     smaller.encoder.bias.copy_(gradiend.encoder.bias)
+    positions = kept.positions_in(selection)
     for entry in kept:
-        at = kept.positions_in(selection)[entry.name]
         name = entry.name
-        for part in (gradiend.encoder.weight, gradiend.decoder.weight):
-            own = (
-                smaller.encoder.weight
-                if part is gradiend.encoder.weight
-                else smaller.decoder.weight
-            )
-            own.at(name).copy_(part.at(name).flatten(1)[:, at])
+        at = positions[name]
+        for own, old in (
+            (smaller.encoder.weight, gradiend.encoder.weight),
+            (smaller.decoder.weight, gradiend.decoder.weight),
+        ):
+            own.at(name).copy_(old.at(name).flatten(1)[:, at])
         smaller.decoder.bias.at(name).copy_(gradiend.decoder.bias.at(name).flatten()[at])
         if entry.indices is not None:
             smaller.indices.at(name).copy_(entry.indices)
