@@ -2,6 +2,7 @@ import copy
 import inspect
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,20 @@ from matplotlib.figure import Figure
 from hf_gradiend import plotting
 from hf_gradiend.errors import DataError
 from hf_gradiend.evaluation.decoder import choose_edit
+from hf_gradiend.plotting import (
+    common,
+    encodings,
+    energy,
+    occupations,
+    strengths,
+    sweep,
+    transfer,
+)
 
-NAMES = ["encodings", "transfer", "occupations", "sweep", "energy"]
+NAMES = ["encodings", "transfer", "occupations", "sweep", "energy", "strengths"]
 CHOSEN_EDIT = (0.1, 0.004)
+# Share of the + word by strength, of the first occupation and of the second.
+SHARES = {-1.0: (0.9, 0.1), 0.0: (0.8, 0.2), 1.0: (0.6, 0.35), 2.0: (0.4, 0.39)}
 
 
 def estimate(value: float, n: int) -> dict:
@@ -41,11 +53,24 @@ def probabilities(plus: float, minus: float) -> dict:
     return {"p_plus": plus, "p_minus": minus}
 
 
+def strength_rows(names: list[str], shares: dict) -> list[dict]:
+    return [
+        {
+            "strength": strength,
+            "occupations": [
+                {"occupation": name, **probabilities(0.3 * share, 0.3 * (1 - share))}
+                for name, share in zip(names, by_name, strict=True)
+            ],
+        }
+        for strength, by_name in shares.items()
+    ]
+
+
 @pytest.fixture
 def report() -> dict:
     """A small report whose numbers are simple enough to follow into the figures."""
     base, edited = point(0.0, 0.0, 0.46, 0.25, 0.2), point(*CHOSEN_EDIT, 0.23, 0.2505, 0.16)
-    occupations = [
+    rows = [
         {"occupation": "doctor", "before": (0.1, 0.3), "after": (0.1, 0.15)},
         {"occupation": "nurse", "before": (0.3, 0.1), "after": (0.12, 0.08)},
     ]
@@ -82,7 +107,7 @@ def report() -> dict:
                 "before": probabilities(*row["before"]),
                 "after": probabilities(*row["after"]),
             }
-            for row in occupations
+            for row in rows
         ],
         "sweep": [
             base,
@@ -98,6 +123,7 @@ def report() -> dict:
             "model.layers.1.mlp.up_proj.weight": 3.5,
             "model.layers.1.input_layernorm.weight": 0.5,
         },
+        "strengths": strength_rows(["nurse", "engineer"], SHARES),
     }
 
 
@@ -153,9 +179,9 @@ def test_the_classes_keep_their_colours_in_the_files(report, tmp_path):
 
     plotting.plot_all(report, tmp_path)
 
-    assert holds("transfer", plotting.PLUS)
-    assert holds("transfer", plotting.MINUS)
-    assert not holds("occupations", plotting.PLUS)  # the control
+    assert holds("transfer", common.PLUS)
+    assert holds("transfer", common.MINUS)
+    assert not holds("occupations", common.PLUS)  # the control
 
 
 def test_plot_all_writes_every_figure_into_a_new_folder(report, tmp_path):
@@ -174,6 +200,7 @@ def test_plot_all_writes_every_figure_into_a_new_folder(report, tmp_path):
         (("before",), "occupations"),
         (("sweep",), "sweep"),
         (("energy",), "energy"),
+        (("strengths",), "strengths"),
     ],
 )
 def test_a_figure_whose_data_is_missing_is_left_out_and_refused_alone(
@@ -189,9 +216,10 @@ def test_a_figure_whose_data_is_missing_is_left_out_and_refused_alone(
 
 
 def test_a_report_without_an_edit_keeps_the_figures_that_need_none(report, tmp_path):
-    nothing = {"edit": None, "before": None, "after": None, "occupations": [], "sweep": []}
+    nothing = {"edit": None, "before": None, "after": None}
+    empty = {"occupations": [], "sweep": [], "strengths": []}
 
-    paths = plotting.plot_all({**report, **nothing}, tmp_path)
+    paths = plotting.plot_all({**report, **nothing, **empty}, tmp_path)
 
     assert [path.stem for path in paths] == ["encodings", "transfer", "energy"]
 
@@ -244,7 +272,7 @@ def test_a_word_with_dollar_signs_is_no_formula(report, tmp_path):
 
 
 def test_encodings_are_drawn_at_their_values_one_row_per_group(report):
-    figure = plotting._encodings_figure(report)
+    figure = encodings._encodings_figure(report)
 
     (axes,) = figure.axes
     points = dots(axes)
@@ -263,7 +291,7 @@ def test_encodings_are_drawn_at_their_values_one_row_per_group(report):
 def test_the_title_of_the_encodings_has_the_correlation_and_n(report):
     report["encoder"]["splits"]["test"]["correlation"] = estimate(-0.1234, 1500)
 
-    figure = plotting._encodings_figure(report)
+    figure = encodings._encodings_figure(report)
 
     assert (
         title(figure) == "Encodings of “she” and “he” correlate −0.123 with their class (n = 1,500)"
@@ -273,7 +301,7 @@ def test_the_title_of_the_encodings_has_the_correlation_and_n(report):
 def test_a_class_of_several_words_goes_by_its_name(report):
     report["feature_words"]["F"] = ["she", "her"]
 
-    figure = plotting._encodings_figure(report)
+    figure = encodings._encodings_figure(report)
 
     assert title(figure).startswith("Encodings of F and “he” correlate 0.982")
 
@@ -282,13 +310,13 @@ def test_a_class_of_several_words_goes_by_its_name(report):
 
 
 def test_the_transfer_title_counts_the_pairs_in_the_right_order(report):
-    assert title(plotting._transfer_figure(report)) == (
+    assert title(transfer._transfer_figure(report)) == (
         "2 of 3 word pairs never trained on are read in the right order"
     )
 
 
 def test_transfer_pairs_stand_by_falling_gap_with_neutral_ones_below(report):
-    (axes,) = plotting._transfer_figure(report).axes
+    (axes,) = transfer._transfer_figure(report).axes
 
     assert rows_of(axes) == ["woman / man", "sister / brother", "wife / husband", "red / blue"]
     assert axes.yaxis_inverted()
@@ -297,34 +325,34 @@ def test_transfer_pairs_stand_by_falling_gap_with_neutral_ones_below(report):
 
 
 def test_the_pair_in_the_wrong_order_is_marked_and_only_that_one(report):
-    (axes,) = plotting._transfer_figure(report).axes
+    (axes,) = transfer._transfer_figure(report).axes
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
 
     assert marks(axes) == [(2, "wrong order")]
     assert [list(line.get_ydata()) for line in dashed] == [[2, 2]]
 
     report["encoder"]["transfer"][1] = pair("wife/husband", 0.1, 0.0)
-    (control,) = plotting._transfer_figure(report).axes
+    (control,) = transfer._transfer_figure(report).axes
     assert marks(control) == []
 
 
 def test_a_neutral_pair_has_no_wrong_order_and_is_grey(report):
-    (axes,) = plotting._transfer_figure(report).axes
+    (axes,) = transfer._transfer_figure(report).axes
 
     assert (
         report["encoder"]["transfer"][3]["positive"] < report["encoder"]["transfer"][3]["negative"]
     )
     assert [text for y, text in marks(axes) if y > 3] == []
     faces = [colors.to_hex(rgba).upper() for rgba in axes.collections[-1].get_facecolor()]
-    assert faces == [plotting.NEUTRAL, plotting.NEUTRAL]
+    assert faces == [common.NEUTRAL, common.NEUTRAL]
     faces = [colors.to_hex(rgba).upper() for rgba in axes.collections[0].get_facecolor()]
-    assert faces == [plotting.MINUS, plotting.PLUS]
+    assert faces == [common.MINUS, common.PLUS]
 
 
 def test_a_pair_that_could_not_be_read_is_left_out(report):
     report["encoder"]["transfer"].append(pair("queen/king", math.nan, -0.5))
 
-    figure = plotting._transfer_figure(report)
+    figure = transfer._transfer_figure(report)
 
     assert title(figure).startswith("2 of 3 ")
     assert "queen / king" not in rows_of(figure.axes[0])
@@ -334,13 +362,13 @@ def test_a_pair_that_could_not_be_read_is_left_out(report):
 
 
 def test_occupations_show_the_share_of_the_plus_word_before_and_after(report):
-    (axes,) = plotting._occupations_figure(report).axes
+    (axes,) = occupations._occupations_figure(report).axes
 
     assert rows_of(axes) == ["nurse", "doctor"]
     # nurse 0.3 / 0.4 → 0.12 / 0.2, doctor 0.1 / 0.4 → 0.1 / 0.25
     assert dots(axes) == {0: pytest.approx([75, 60]), 1: pytest.approx([25, 40])}
     faces = [colors.to_hex(rgba).upper() for rgba in axes.collections[0].get_facecolor()]
-    assert faces == [plotting.BEFORE, plotting.AFTER]
+    assert faces == [common.BEFORE, common.AFTER]
     assert axes.get_xlabel() == "P(“she”) / (P(“she”) + P(“he”))"
     assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"] == [
         [50, 50]
@@ -353,7 +381,7 @@ def test_occupations_show_the_share_of_the_plus_word_before_and_after(report):
 def test_the_occupations_title_says_what_the_edit_did(report, after, words):
     report["after"]["imbalance"] = after
 
-    assert words in title(plotting._occupations_figure(report))
+    assert words in title(occupations._occupations_figure(report))
 
 
 def test_without_an_edit_only_the_base_model_is_drawn(report):
@@ -361,7 +389,7 @@ def test_without_an_edit_only_the_base_model_is_drawn(report):
     for row in report["occupations"]:
         row["after"] = None
 
-    figure = plotting._occupations_figure(report)
+    figure = occupations._occupations_figure(report)
 
     assert dots(figure.axes[0]) == {0: pytest.approx([75]), 1: pytest.approx([25])}
     assert title(figure) == "Imbalance between “she” and “he” for occupations is 0.46"
@@ -378,7 +406,7 @@ def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_every_line_of_the_sweep_starts_from_the_base_model(report):
-    imbalance, *_ = plotting._sweep_figure(report).axes
+    imbalance, *_ = sweep._sweep_figure(report).axes
 
     drawn = lines(imbalance)
     # The base model is listed under h = 0 alone; a negative step stands on its left.
@@ -387,7 +415,7 @@ def test_every_line_of_the_sweep_starts_from_the_base_model(report):
 
 
 def test_lm_score_and_mass_are_relative_to_the_base_model_with_their_limits(report):
-    _, lm_score, _, mass = plotting._sweep_figure(report).axes
+    _, lm_score, _, mass = sweep._sweep_figure(report).axes
 
     expected = {lm_score: ([1, 1.002, 0.96], 0.99), mass: ([1, 0.8, 0.5], 0.75)}
     for axes, (values, limit) in expected.items():
@@ -398,14 +426,14 @@ def test_lm_score_and_mass_are_relative_to_the_base_model_with_their_limits(repo
 
 def test_the_limits_drawn_are_the_default_limits_of_the_choice():
     parameters = inspect.signature(choose_edit).parameters
-    drawn = {measure: limit for measure, _, limit in plotting.SWEEP_PANELS if limit is not None}
+    drawn = {measure: limit for measure, _, limit in sweep.SWEEP_PANELS if limit is not None}
 
     defaults = {name: parameters[f"{name}_floor"].default for name in ("lm", "mass")}
     assert drawn == {"lm_score": defaults["lm"], "mass": defaults["mass"]}
 
 
 def test_the_chosen_edit_is_marked_where_it_was_measured(report):
-    figure = plotting._sweep_figure(report)
+    figure = sweep._sweep_figure(report)
 
     marked = [lines(axes)["chosen edit"] for axes in figure.axes]
     expected = [0.23, 0.2505 / 0.25, 0.16 * 0.2505, 0.16 / 0.2]
@@ -416,7 +444,7 @@ def test_the_chosen_edit_is_marked_where_it_was_measured(report):
 def test_a_sweep_without_a_chosen_edit_says_so_and_marks_none(report):
     report["edit"] = report["after"] = None
 
-    figure = plotting._sweep_figure(report)
+    figure = sweep._sweep_figure(report)
 
     assert title(figure) == "No edit within the limits is better than the base model"
     assert not any("chosen edit" in lines(axes) for axes in figure.axes)
@@ -426,7 +454,7 @@ def test_a_sweep_without_a_chosen_edit_says_so_and_marks_none(report):
 
 
 def test_energy_shares_sum_to_one(report):
-    shares = plotting._energy_shares(report)
+    shares = energy._energy_shares(report)
 
     assert sum(shares.values()) == pytest.approx(1.0)
     assert shares == {
@@ -439,7 +467,7 @@ def test_energy_shares_sum_to_one(report):
 
 
 def test_the_bars_of_a_layer_are_stacked_to_its_share(report):
-    figure = plotting._energy_figure(report)
+    figure = energy._energy_figure(report)
 
     tops: dict[float, float] = {}
     for bar in figure.axes[0].patches:
@@ -455,7 +483,7 @@ def test_the_bars_of_a_layer_are_stacked_to_its_share(report):
 def test_an_energy_of_zero_everywhere_has_no_shares(report):
     report["energy"] = dict.fromkeys(report["energy"], 0.0)
 
-    assert plotting._energy_shares(report) == {}
+    assert energy._energy_shares(report) == {}
 
 
 @pytest.mark.parametrize(
@@ -482,4 +510,125 @@ def test_an_energy_of_zero_everywhere_has_no_shares(report):
     ],
 )
 def test_a_weights_layer_and_kind_are_read_from_its_name(name, layer, kind):
-    assert (plotting._layer_of(name), plotting._kind_of(name)) == (layer, kind)
+    assert (energy._layer_of(name), energy._kind_of(name)) == (layer, kind)
+
+
+# Strengths
+
+
+def curves(axes: Axes) -> list[tuple[str, str, list[tuple[float, float]]]]:
+    """Name, colour and points of each line, in the order in which they were drawn."""
+    drawn = [line for line in axes.lines if not line.get_clip_on()]
+    found = []
+    for line, leader, text in zip(drawn[::2], drawn[1::2], axes.texts, strict=True):
+        # The thin line leads from the end of the line to its name.
+        assert list(leader.get_ydata()) == [line.get_ydata()[-1], text.get_position()[1]]
+        assert line.get_color() == leader.get_color() == text.get_color()
+        points = list(zip(*np.asarray(line.get_data()).tolist(), strict=True))
+        found.append((text.get_text(), line.get_color(), points))
+    return found
+
+
+def test_each_occupation_has_a_line_of_its_shares_in_the_colour_of_its_group(report):
+    (axes,) = strengths._strengths_figure(report).axes
+
+    nurse, engineer = (
+        [(strength, pytest.approx(shares[i])) for strength, shares in SHARES.items()]
+        for i in range(2)
+    )
+    assert curves(axes) == [
+        ("nurse", common.PLUS, nurse),
+        ("engineer", common.MINUS, engineer),
+    ]
+    assert axes.get_ylabel() == "P(“she”) / (P(“she”) + P(“he”))"
+    assert axes.get_ylim() == (0, 1)
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "occupations mostly held by women",
+        "mostly held by men",
+    ]
+    assert [handle.get_color() for handle in legend.legend_handles] == [common.PLUS, common.MINUS]
+
+
+def test_the_groups_keep_their_pronouns_colours_where_he_is_the_plus_word(report):
+    report["feature_words"] = {"F": ["he"], "M": ["she"]}
+
+    (axes,) = strengths._strengths_figure(report).axes
+
+    assert [colour for _, colour, _ in curves(axes)] == [common.MINUS, common.PLUS]
+
+
+def test_base_model_chosen_edit_and_balance_are_marked(report):
+    (axes,) = strengths._strengths_figure(report).axes
+
+    vertical = [line.get_xdata() for line in axes.lines if list(line.get_ydata()) == [0, 1]]
+    assert [list(xs) for xs in vertical] == [[0, 0], [1, 1]]
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert [list(line.get_ydata()) for line in dashed] == [[0.5, 0.5]]
+    ticks = [text.get_text() for text in axes.get_xticklabels()]
+    assert ticks == ["−1", "0\nbase model", "1\nchosen edit", "2"]
+    assert axes.get_yticklabels()[2].get_text() == "balance 0.5"
+
+
+@pytest.mark.parametrize(
+    ("edited", "words"),
+    [((0.6, 0.35), "narrows shares of “she” from 0.20–0.80 to 0.35–0.60"), ((0.9, 0.1), "widens")],
+)
+def test_the_title_of_the_strengths_says_how_far_the_shares_lie_apart(report, edited, words):
+    report["strengths"] = strength_rows(["nurse", "engineer"], {**SHARES, 1.0: edited})
+
+    assert words in title(strengths._strengths_figure(report))
+
+
+def test_strengths_in_another_order_make_the_same_lines(report):
+    (axes,) = strengths._strengths_figure(report).axes
+    report["strengths"] = report["strengths"][::-1]
+    (reversed_axes,) = strengths._strengths_figure(report).axes
+
+    assert curves(reversed_axes) == curves(axes)
+
+
+@pytest.mark.parametrize("missing", [0.0, 1.0])
+def test_strengths_without_base_model_or_chosen_edit_have_no_figure(report, missing, tmp_path):
+    report["strengths"] = [row for row in report["strengths"] if row["strength"] != missing]
+
+    with pytest.raises(DataError, match="strengths"):
+        plotting.plot_strengths(report, tmp_path / "alone.png")
+
+
+def test_strengths_without_an_edit_have_no_figure(report, tmp_path):
+    report["edit"] = None
+
+    with pytest.raises(DataError, match="strengths"):
+        plotting.plot_strengths(report, tmp_path / "alone.png")
+
+
+@pytest.mark.parametrize("end", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("n", [10, 40])
+def test_names_of_lines_that_end_together_neither_overlap_nor_leave_the_figure(report, end, n):
+    names = [f"chief executive {i}" for i in range(n)]
+    report["strengths"] = strength_rows(names, dict.fromkeys(SHARES, [end] * n))
+
+    figure = strengths._strengths_figure(report)
+
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == n
+    assert all(figure.bbox.containsx(x) for box in boxes for x in box.intervalx)
+    assert all(figure.bbox.containsy(y) for box in boxes for y in box.intervaly)
+    boxes.sort(key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    ("values", "spread"),
+    [
+        ([0.2, 0.8, 0.5], [0.2, 0.8, 0.5]),  # far enough apart: none moves
+        ([0.5, 0.45], [0.525, 0.425]),  # both move by half of what is missing, in their order
+        ([0.0, 0.04, 0.9], [0.0, 0.1, 0.9]),  # none leaves the axes
+        ([0.98, 1.0, 0.99], [0.8, 1.0, 0.9]),
+        ([0.5], [0.5]),
+    ],
+)
+def test_names_are_moved_as_little_as_they_must(values, spread):
+    assert strengths._spread(values, 0.1) == pytest.approx(spread)
