@@ -2,6 +2,10 @@
 
 from transformers import AutoConfig, AutoModel
 
+from hf_gradiend.adapter.config import GradiendAdapterConfig
+from hf_gradiend.adapter.control import get_strength, set_edit, set_strength, strength
+from hf_gradiend.adapter.conversion import GradiendAdapter
+from hf_gradiend.adapter.registration import register as _register
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.loading import load_feature_dataset, load_neutral_texts
@@ -12,10 +16,11 @@ from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.trainer import GradiendTrainer
-
-__version__ = "0.1.0"
+from hf_gradiend.version import __version__ as __version__
 
 __all__ = [
+    "GradiendAdapter",
+    "GradiendAdapterConfig",
     "GradiendConfig",
     "GradiendError",
     "GradiendModel",
@@ -24,11 +29,16 @@ __all__ = [
     "ParameterSelection",
     "choose_edit",
     "evaluate_encoder",
+    "get_strength",
     "load_base_model",
     "load_feature_dataset",
     "load_neutral_texts",
     "select_parameters",
+    "set_edit",
+    "set_strength",
+    "strength",
 ]
 
 AutoConfig.register("gradiend", GradiendConfig, exist_ok=True)
 AutoModel.register(GradiendConfig, GradiendModel, exist_ok=True)
+_register()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -133,7 +134,7 @@ def check_base_model(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     for module_name, module in model.named_modules():
-        if hasattr(module, "base_layer"):
+        if isinstance(module, BaseTunerLayer):
             raise BaseModelError(
                 f"Expected a plain base model, but {name} carries a PEFT adapter at "
                 f"{module_name!r}. Merge it first with merge_and_unload()."

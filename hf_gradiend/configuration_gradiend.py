@@ -85,6 +85,35 @@ class GradiendConfig(PretrainedConfig):
         self._check()
         super().__init__(**kwargs)  # pyright: ignore[reportArgumentType] - forwarded as they came
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs: object) -> "GradiendConfig":
+        """A configuration from the content of config.json.
+
+        Args:
+            config_dict: The content.
+            **kwargs: Forwarded to `transformers.PretrainedConfig.from_dict`.
+
+        Raises:
+            ValueError: If it is the configuration of another kind of model, or not whole.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        name = config_dict.get("_name_or_path") or "this place"
+        if found != cls.model_type:
+            raise ValueError(
+                f"Expected the configuration of a GRADIEND, but {name} holds a model of type "
+                f"{found!r}."
+            )
+        entries = config_dict.get("parameters")
+        whole = isinstance(entries, list) and all(
+            isinstance(entry, dict) and {"name", "shape"} <= entry.keys() for entry in entries
+        )
+        if not whole:
+            raise ValueError(
+                f"Expected a list of parameters, each with name and shape, in the configuration of "
+                f"a GRADIEND, but {name} has {str(entries)[:80]!r}. Is config.json whole?"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def _check(self) -> None:
         problems: list[str] = []
         for field, allowed in (

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
@@ -108,6 +110,7 @@ class GradiendModel(PreTrainedModel):
         Drechsel and Herbold (2025), https://arxiv.org/abs/2502.01406, section 3.
     """
 
+    config: GradiendConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = GradiendConfig
     base_model_prefix = "gradiend"
     main_input_name = "gradients"
@@ -317,6 +320,82 @@ class GradiendModel(PreTrainedModel):
             if stale.name not in names:  # shards of an earlier save with another shard size
                 stale.unlink()
 
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: object,
+        **kwargs: object,
+    ) -> "GradiendModel":
+        """A GRADIEND from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            *model_args: Forwarded to `PreTrainedModel.from_pretrained`.
+            **kwargs: Likewise: `revision`, `token`, `cache_dir`, `dtype`, `device_map`, ….
+
+        Returns:
+            The GRADIEND in evaluation mode.
+
+        Raises:
+            OSError: If there is no such place, or its weights are broken or incomplete.
+            ValueError: If it holds another kind of model, or a broken configuration.
+        """  # noqa: DOC502 - ValueError is raised by GradiendConfig
+        wants_info = bool(kwargs.pop("output_loading_info", False))
+        try:
+            model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                **kwargs,  # pyright: ignore[reportArgumentType] - forwarded as they came
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"Expected the weights of a GRADIEND in {str(pretrained_model_name_or_path)!r}, "
+                f"but a file is broken: {error}. Save, push or download it again."
+            ) from error
+        # transformers would draw missing weights at random, and warn.
+        missing = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+        if missing:
+            raise OSError(
+                f"Expected all weights of a GRADIEND in {str(pretrained_model_name_or_path)!r}, "
+                f"but {len(missing):,} are missing or of another shape, for instance {missing[0]}. "
+                f"Save, push or download it again."
+            )
+        return (model, info) if wants_info else model  # pyright: ignore[reportReturnType]
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+        repo_id: str,
+        *,
+        report: Mapping[str, object] | str | os.PathLike[str] | None = None,
+        include_code: bool = False,
+        max_shard_size: int | str = "5GB",
+        **options: object,
+    ) -> CommitInfo:
+        """Push in one commit, with a card and report.json where a report is given.
+
+        Args:
+            repo_id: Repository, `"org/name"`; made where it does not exist.
+            report: Content or path of report.json; `None` leaves the repository's card as it is.
+            include_code: Add the two Python files that let people load with `trust_remote_code`
+                without the package.
+            max_shard_size: Largest size of one file.
+            **options: `private`, `revision` (a branch), `create_pr`, `commit_message` and `token`,
+                as in `PreTrainedModel.push_to_hub`.
+
+        Returns:
+            The commit, or the last one where nothing changed.
+        """
+        hub = package_module("hub")
+        return hub.push_gradiend(
+            self,
+            hub.PushOptions(repo_id, **options),
+            report=report,
+            include_code=include_code,
+            max_shard_size=max_shard_size,
+        )
+
     def _add_code(self, folder: Path) -> None:
         here = Path(__file__).parent
         for file in ("configuration_gradiend.py", "modeling_gradiend.py"):
@@ -328,6 +407,22 @@ class GradiendModel(PreTrainedModel):
         }
         config.architectures = [type(self).__name__]
         config.save_pretrained(folder)
+
+    @classmethod
+    def from_gradiend(
+        cls, folder: str | os.PathLike[str], *, base_model: PreTrainedModel | None = None
+    ) -> "GradiendModel":
+        """Import a checkpoint of the official package `gradiend` 0.2, or of the paper's first code.
+
+        Args:
+            folder: Folder with config.json and the weights.
+            base_model: Base model of a checkpoint of the first code that is not pruned: its files
+                do not hold the parameters' shapes. Not needed otherwise.
+
+        Returns:
+            The GRADIEND, with the original's encodings of gradients and decoded updates.
+        """
+        return package_module("gradiend_format").from_gradiend(folder, base_model=base_model)
 
     # ---- with a base model: thin, the package does the work -------------------------------------
 
@@ -356,7 +451,7 @@ class GradiendModel(PreTrainedModel):
             h of shape `(texts, n_features)` in the order of the data set, float32. A text without
             room for its target is NaN, and a warning counts them.
         """
-        encoded = _package("gradients.forward").encode_texts(
+        encoded = package_module("gradients.forward").encode_texts(
             self,
             base_model,
             processing_class,
@@ -380,7 +475,7 @@ class GradiendModel(PreTrainedModel):
             feature_factor: h; `None` for the chosen edit of the configuration.
             step_size: α; `None` for the chosen edit of the configuration.
         """
-        return _package("edits").edited(self, base_model, feature_factor, step_size)
+        return package_module("edits").edited(self, base_model, feature_factor, step_size)
 
     def merge_into(
         self,
@@ -398,7 +493,43 @@ class GradiendModel(PreTrainedModel):
         Returns:
             The same base model.
         """
-        return _package("edits").merge_into(self, base_model, feature_factor, step_size)
+        return package_module("edits").merge_into(self, base_model, feature_factor, step_size)
+
+    def to_adapter(
+        self,
+        feature_factor: float | Sequence[float] | None = None,
+        step_size: float | None = None,
+        *,
+        strength: float = 1.0,
+        top_k: float | None = None,
+        dtype: torch.dtype | None = None,
+        adjustable: bool | None = None,
+    ) -> "GradiendAdapter":  # noqa: F821 # pyright: ignore[reportUndefinedVariable] - the package's
+        """A PEFT adapter that adds strength·α·dec(h) to any fitting base model.
+
+        Args:
+            feature_factor: h; `None` for the chosen edit of the configuration.
+            step_size: α; `None` for the chosen edit of the configuration.
+            strength: Strength to begin with; adjustable after loading, like h and α.
+            top_k: Share of the weights to keep, in (0, 1], those with the largest |dec(h)|;
+                `None` keeps all.
+            dtype: Type of the values; `None` for the GRADIEND's own.
+            adjustable: Keep W_d and b_d apart, so that h can be changed after loading; otherwise
+                the adapter holds dec(h) alone, half as many values. `None` keeps them apart unless
+                `top_k` is given, which keeps what is largest for this h.
+
+        Returns:
+            A `hf_gradiend.GradiendAdapter`, with `save_pretrained` and `apply_to`.
+        """
+        return package_module("adapter.conversion").GradiendAdapter.from_gradiend(
+            self,
+            feature_factor,
+            step_size,
+            strength=strength,
+            top_k=top_k,
+            dtype=dtype,
+            adjustable=adjustable,
+        )
 
     # ---- helpers --------------------------------------------------------------------------------
 
@@ -445,7 +576,13 @@ class GradiendModel(PreTrainedModel):
         return full.index_copy(-1, index, values).view(*batch, *shape)
 
 
-def _package(module: str) -> ModuleType:
+def package_module(module: str) -> ModuleType:
+    """A module of the package that stands above the one that asks.
+
+    Raises:
+        ImportError: If the package is not installed, as where this file was loaded as remote code.
+        ModuleNotFoundError: If something else is missing.
+    """
     try:
         return importlib.import_module(f"hf_gradiend.{module}")
     except ModuleNotFoundError as error:

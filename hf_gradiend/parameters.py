@@ -120,24 +120,26 @@ class ParameterSelection:
             for entry in self.entries
         ]
 
-    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The model's own parameters, keyed by this selection's names, in its order.
+    def names_in(self, model: nn.Module, *, wrapped: bool = False) -> dict[str, str]:
+        """The model's own names of the selected parameters, keyed by this selection's names.
 
         A selection made on a body fits the same body under a head and the other way round: the
         model's `base_model_prefix` is added or taken off where a name is not found as it stands.
 
         Args:
             model: Base model.
-
-        Returns:
-            One parameter per selected name.
+            wrapped: Find weights that a PEFT layer wraps (`….base_layer.weight`) under their plain
+                names; such a model is not the base model that gradients are taken of.
 
         Raises:
             CompatibilityError: If a name is missing or a shape differs.
         """
-        found = dict(model.named_parameters(remove_duplicate=False))
+        found = {
+            name.replace(".base_layer", "") if wrapped else name: (name, tuple(parameter.shape))
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
         prefix = getattr(model, "base_model_prefix", "")
-        parameters: dict[str, nn.Parameter] = {}
+        names: dict[str, str] = {}
         problems: list[str] = []
         for entry in self.entries:
             candidates = (
@@ -145,14 +147,13 @@ class ParameterSelection:
                 f"{prefix}.{entry.name}",
                 entry.name.removeprefix(f"{prefix}."),
             )
-            name = next((candidate for candidate in candidates if candidate in found), None)
-            if name is None:
+            match = next((found[name] for name in candidates if name in found), None)
+            if match is None:
                 problems.append(f"{entry.name} is missing")
-            elif tuple(found[name].shape) != entry.shape:
-                came = tuple(found[name].shape)
-                problems.append(f"{entry.name} has shape {came} instead of {entry.shape}")
+            elif match[1] != entry.shape:
+                problems.append(f"{entry.name} has shape {match[1]} instead of {entry.shape}")
             else:
-                parameters[entry.name] = found[name]
+                names[entry.name] = match[0]
         if problems:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CompatibilityError(
@@ -160,7 +161,19 @@ class ParameterSelection:
                 f"in {type(model).__name__} {'; '.join(problems[:3])}{more}. "
                 f"Load the base model that the GRADIEND names."
             )
-        return parameters
+        return names
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's own parameters, keyed by this selection's names, in its order.
+
+        Args:
+            model: Base model, as in `names_in`.
+
+        Raises:
+            CompatibilityError: If a name is missing or a shape differs.
+        """  # noqa: DOC502 - raised by names_in
+        own = dict(model.named_parameters(remove_duplicate=False))
+        return {name: own[theirs] for name, theirs in self.names_in(model).items()}
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Selected values of full tensors of shape `(*batch, *shape)`, in this order.
@@ -338,6 +351,32 @@ def select_parameters(
     return ParameterSelection(
         tuple(SelectedParameter(n, tuple(p.shape)) for n, p in parameters.items() if n in wanted)
     )
+
+
+def pack_indices(indices: Tensor) -> Tensor:
+    """Sorted indices as bytes: between neighbours the gap, in bytes of 255 and one that is less.
+
+    Takes about one byte an index at densities above 1 %, where int32 takes four.
+
+    Args:
+        indices: Strictly increasing, not negative, of shape `(k,)`.
+
+    Returns:
+        uint8 tensor of shape `(m,)`, m ≥ k.
+    """
+    indices = indices.to("cpu", torch.int64)
+    gaps = torch.diff(indices, prepend=indices.new_tensor([-1])) - 1
+    ends = (gaps // 255 + 1).cumsum(0)
+    packed = torch.full((int(ends[-1]) if len(ends) else 0,), 255, dtype=torch.uint8)
+    packed[ends - 1] = (gaps % 255).to(torch.uint8)
+    return packed
+
+
+def unpack_indices(packed: Tensor) -> Tensor:
+    """Indices of `pack_indices`, int64 of shape `(k,)`, on the same device."""
+    ends = packed != 255
+    gaps = packed.cumsum(0, dtype=torch.int64)[ends]
+    return gaps + torch.arange(len(gaps), device=packed.device)
 
 
 class _Layout(Protocol):

@@ -1,17 +1,19 @@
 """What the commands share: loading a GRADIEND, choosing a split, printing a table."""
 
-import argparse
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
+from huggingface_hub import RepoCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.errors import CompatibilityError, ConfigError, DataError, first_line_of
+from hf_gradiend.evaluation.report import Origin
 from hf_gradiend.modeling_gradiend import GradiendModel
+from hf_gradiend.training.arguments import GradiendTrainingArguments, settings_of
 
 
 def load_gradiend(path: str) -> GradiendModel:
@@ -29,23 +31,20 @@ def load_gradiend(path: str) -> GradiendModel:
         ) from error
 
 
-def load_gradiend_and_base(
-    args: argparse.Namespace,
-) -> tuple[GradiendModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The GRADIEND of `--gradiend` and its base model, or the one of `--base_model`.
+def load_base_of(
+    gradiend: GradiendModel, name: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that is named, or the one that the GRADIEND names, and its tokenizer.
 
     Raises:
         CompatibilityError: If the GRADIEND names no base model and none is given.
     """
-    gradiend = load_gradiend(args.gradiend)
-    name = args.base_model or gradiend.config.base_model_name_or_path
+    name = name or gradiend.config.base_model_name_or_path
     if name is None:
         raise CompatibilityError(
-            f"Expected a base model, but the GRADIEND {args.gradiend!r} names none. "
-            f"Pass --base_model."
+            "Expected a base model, but the GRADIEND names none. Pass --base_model."
         )
-    model, tokenizer = load_base_model(name, objective=gradiend.config.objective)
-    return gradiend, model, tokenizer
+    return load_base_model(name, objective=gradiend.config.objective)  # pyright: ignore[reportArgumentType] - checked
 
 
 def split_of(data: DatasetDict, split: str) -> Dataset:
@@ -106,5 +105,52 @@ def peak_rss_bytes() -> int:
 
 
 def display_name(name: str) -> str:
-    """A base model's name for people: a Hub id as it is, a folder by its last part."""
-    return Path(name).name if Path(name).is_dir() else name
+    """A model's or data set's name for people: a Hub id as it is, a path by its last part."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def license_of(name: str, repo_type: str) -> str | None:
+    """Licence of a repository on the Hub or of a folder with a card; `None` where it is not said.
+
+    Args:
+        name: Hub id or folder.
+        repo_type: `"model"` or `"dataset"`.
+    """
+    try:
+        if Path(name).is_dir():
+            card = Path(name) / "README.md"
+            data = RepoCard.load(card).data.to_dict() if card.is_file() else {}
+        else:
+            data = RepoCard.load(name, repo_type=repo_type).data.to_dict()
+    except (OSError, ValueError):  # offline, no such repository, or a card that is none
+        return None
+    found = data.get("license")
+    return found if isinstance(found, str) else None
+
+
+def origin_of(
+    base_model: str,
+    dataset: str,
+    data: DatasetDict,
+    arguments: GradiendTrainingArguments,
+    licenses: tuple[str | None, str | None] | None = None,
+) -> Origin:
+    """What a training was made from, for the report.
+
+    Args:
+        base_model: Hub id or folder of the base model.
+        dataset: Hub id or path of the feature data set.
+        data: Its splits.
+        arguments: Settings of the training.
+        licenses: Of base model and data, where they are known; `None` looks them up.
+    """
+    if licenses is None:
+        licenses = license_of(base_model, "model"), license_of(dataset, "dataset")
+    return Origin(
+        base_model=display_name(base_model),
+        dataset=display_name(dataset),
+        base_model_license=licenses[0],
+        dataset_license=licenses[1],
+        n_texts={str(split): len(rows) for split, rows in data.items()},
+        settings=settings_of(arguments),
+    )

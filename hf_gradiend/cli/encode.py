@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from hf_gradiend.cli.common import load_gradiend_and_base, split_of, table
+from hf_gradiend.cli.common import load_base_of, load_gradiend, split_of, table
 from hf_gradiend.data.loading import load_feature_dataset
 from hf_gradiend.errors import CompatibilityError, ConfigError, DataError, OutputError
 from hf_gradiend.files import writable_folder
@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """
     _check(args)
     data = split_of(load_feature_dataset(args.dataset), args.split)
-    gradiend, base_model, tokenizer = load_gradiend_and_base(args)
+    gradiend = load_gradiend(args.gradiend)
+    base_model, tokenizer = load_base_of(gradiend, args.base_model)
     positive, negative = (gradiend.config.feature_classes or [["+", "−"]])[0]
     if set(data["factual_class"]) - {positive, negative}:
         raise DataError(

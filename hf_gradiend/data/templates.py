@@ -10,6 +10,8 @@ from datasets import Dataset, DatasetDict
 
 from hf_gradiend.errors import DataError
 
+OWN_TEXTS = "gender pronouns of hf_gradiend"  # for reports: what `build_gender_pronouns` makes
+OWN_TEXTS_LICENSE = "cc0-1.0"  # as the Hub spells it; the resources say CC0-1.0
 DEFAULT_ROWS: Mapping[str, int] = {"train": 400, "validation": 100, "test": 200}
 
 

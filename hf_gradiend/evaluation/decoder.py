@@ -14,6 +14,7 @@ from hf_gradiend.edits import WeightEditor
 from hf_gradiend.errors import DataError, NumericalError
 from hf_gradiend.evaluation.language_model import LanguageModelProbe
 from hf_gradiend.gradients.objectives import site_log_probabilities
+from hf_gradiend.metrics import Estimate, bootstrap
 from hf_gradiend.modeling_gradiend import GradiendModel
 
 
@@ -163,7 +164,72 @@ class EditProbe:
 
     def measure(self) -> EditMeasures:
         """Measures of the model as its weights stand now."""
-        return EditMeasures.of(self.probabilities(), self.language.score(self.model))
+        return self.read().measures
+
+    def read(self) -> "ProbeReading":
+        """What the model says as its weights stand now, text by text."""
+        return ProbeReading(
+            self.probabilities(), self.language.sums_by_text(self.model), self.language
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeReading:
+    """What one model said on a probe's texts.
+
+    Args:
+        probabilities: P₊ and P₋ at the slots, `(texts, 2)`.
+        language_sums: As `LanguageModelProbe.sums_by_text` gives them, `(neutral texts, 2)`.
+        language: The probe of neutral texts.
+    """
+
+    probabilities: Tensor
+    language_sums: Tensor
+    language: LanguageModelProbe
+
+    @property
+    def measures(self) -> EditMeasures:
+        """The measures of all texts."""
+        return EditMeasures.of(self.probabilities, self.language.score_of(self.language_sums))
+
+    def value(self, name: str, texts: Tensor) -> float:
+        """One measure on a resample: of neutral texts for `"lm_score"`, else of the slots."""
+        if name == "lm_score":
+            return self.language.score_of(self.language_sums[texts])
+        return getattr(EditMeasures.of(self.probabilities[texts], 1.0), name)
+
+    def n_texts(self, name: str) -> int:
+        """Number of texts that a measure is taken on."""
+        return len(self.language_sums) if name == "lm_score" else len(self.probabilities)
+
+
+def compared(before: ProbeReading, after: ProbeReading) -> dict[str, dict[str, Estimate]]:
+    """Each measure before and after with its 95 % interval, and the ratio on the same resamples.
+
+    Args:
+        before: Reading of one model.
+        after: Reading of another on the same probe.
+
+    Returns:
+        For `imbalance`, `mass`, `p_plus`, `p_minus` and `lm_score` the estimates `before`, `after`
+        and `ratio` (after / before, paired by text).
+    """
+    found: dict[str, dict[str, Estimate]] = {}
+    for name in ("imbalance", "mass", "p_plus", "p_minus", "lm_score"):
+        n = before.n_texts(name)
+        found[name] = {
+            "before": bootstrap(lambda texts, name=name: before.value(name, texts), n),
+            "after": bootstrap(lambda texts, name=name: after.value(name, texts), n),
+            "ratio": bootstrap(lambda texts, name=name: _ratio(before, after, name, texts), n),
+        }
+    return found
+
+
+def _ratio(before: ProbeReading, after: ProbeReading, name: str, texts: Tensor) -> float:
+    base = before.value(name, texts)
+    if base == 0.0:
+        raise ValueError(f"Expected a {name} above 0 before the edit.")
+    return after.value(name, texts) / base
 
 
 def spellings(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:

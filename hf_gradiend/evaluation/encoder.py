@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.data.collation import SLOT
-from hf_gradiend.errors import DataError, NumericalError
+from hf_gradiend.errors import ConfigError, DataError, NumericalError
 from hf_gradiend.gradients.forward import encode_texts
 from hf_gradiend.metrics import (
     Estimate,
@@ -92,6 +92,21 @@ class EncoderReport:
     transfer_gap: Estimate | None
 
 
+def class_names(gradiend: GradiendModel) -> tuple[str, str]:
+    """Names of the + class and of the − class of a GRADIEND's first feature.
+
+    Raises:
+        ConfigError: If its configuration does not hold them.
+    """
+    if not gradiend.config.feature_classes:
+        raise ConfigError(
+            "Expected a GRADIEND that names its classes, but its configuration has none. Set "
+            "config.feature_classes."
+        )
+    positive, negative = gradiend.config.feature_classes[0]
+    return positive, negative
+
+
 def evaluate_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
     gradiend: GradiendModel,
     base_model: PreTrainedModel,
@@ -128,7 +143,7 @@ def evaluate_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
             class alone, or nothing can be read.
         NumericalError: If all texts of a split have the same encoding.
     """  # noqa: DOC502 - raised by what it calls
-    positive, negative = gradiend.config.feature_classes[0]
+    positive, negative = class_names(gradiend)
     run = {"batch_size": batch_size, "max_length": max_length, "progress": progress}
     neutral_rows = neutral_readings(neutral_texts, seed=seed)
     neutral = encode_texts(gradiend, base_model, processing_class, neutral_rows, **run).source[:, 0]

@@ -26,6 +26,7 @@ class _ScoredBatch:
     rows: Tensor
     positions: Tensor
     labels: Tensor
+    first_text: int
 
 
 class LanguageModelProbe:
@@ -78,17 +79,18 @@ class LanguageModelProbe:
         special_ids = torch.tensor(tokenizer.all_special_ids)
         mask_token_id = cast("int", tokenizer.mask_token_id)
         self.batches: list[_ScoredBatch] = []
+        self.n_texts = len(rows)
         for start in range(0, len(rows), batch_size):
             batch = _pad(rows[start : start + batch_size], pad_token_id_of(tokenizer))
             ordinary = (batch[1] == 1) & ~torch.isin(batch[0], special_ids)
             if objective == "causal":
-                scored = [self._causal(batch, ordinary)]
+                scored = [self._causal(batch, ordinary, start)]
             else:
                 drawn = torch.ones(n_draws, *ordinary.shape)
                 for row, draw in enumerate(draws[start : start + batch_size]):
                     drawn[:, row, : draw.shape[1]] = draw
                 scored = [
-                    self._masked(batch, (draw < mask_share) & ordinary, mask_token_id)
+                    self._masked(batch, (draw < mask_share) & ordinary, mask_token_id, start)
                     for draw in drawn
                 ]
             self.batches += [part for part in scored if part.labels.numel()]
@@ -99,7 +101,6 @@ class LanguageModelProbe:
                 f"none."
             )
 
-    @torch.no_grad()
     def score(self, model: PreTrainedModel) -> float:
         """Language-model score of a model, in [0, 1]; higher is better.
 
@@ -114,8 +115,38 @@ class LanguageModelProbe:
 
         References:
             Drechsel and Herbold (2025), https://arxiv.org/abs/2502.01406, section 5 (decoder).
+        """  # noqa: DOC502 - raised by sums_by_text
+        return self.score_of(self.sums_by_text(model))
+
+    def score_of(self, sums: Tensor) -> float:
+        """Score of sums and counts `(texts, 2)` as `sums_by_text` gives them, of any of the texts.
+
+        Args:
+            sums: One row per text; a resample of the texts is one of the rows.
+
+        Raises:
+            ValueError: If these texts have no scored token.
         """
-        total = 0.0
+        total, n_tokens = sums.sum(0).tolist()
+        if not n_tokens:
+            raise ValueError("Expected texts with tokens to score.")
+        mean = total / n_tokens
+        return mean if self.objective == "masked" else 1.0 / (1.0 + mean)
+
+    @torch.no_grad()
+    def sums_by_text(self, model: PreTrainedModel) -> Tensor:
+        """Hits at masked tokens, or the negative log-likelihood in nats, and the tokens scored.
+
+        Args:
+            model: Masked or causal language model; left as it was.
+
+        Returns:
+            `(texts, 2)` float64 on the CPU, in the probe's own order.
+
+        Raises:
+            NumericalError: If the logits are NaN.
+        """
+        sums = torch.zeros(self.n_texts, 2, dtype=torch.float64)
         with evaluation_mode(model):
             for batch in self.batches:
                 logits = self._logits(model, batch)
@@ -124,13 +155,12 @@ class LanguageModelProbe:
                 if not bool(torch.isfinite(best).all()):
                     raise NumericalError("Expected finite logits on neutral text, but got NaN.")
                 if self.objective == "masked":
-                    total += float((found == labels).sum())
+                    values = (found == labels).double()
                 else:
-                    total += float(
-                        torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-                    )
-        mean = total / self.n_tokens
-        return mean if self.objective == "masked" else 1.0 / (1.0 + mean)
+                    values = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+                rows = torch.stack([values.double().cpu(), torch.ones(len(values))], 1)
+                sums.index_add_(0, batch.first_text + batch.rows, rows.double())
+        return sums
 
     @staticmethod
     def _logits(model: PreTrainedModel, batch: _ScoredBatch) -> Tensor:
@@ -143,16 +173,18 @@ class LanguageModelProbe:
         return (logits[0] if at_sites else logits[rows, positions]).float()  # (tokens, vocabulary)
 
     @staticmethod
-    def _causal(batch: tuple[Tensor, Tensor], ordinary: Tensor) -> _ScoredBatch:
+    def _causal(batch: tuple[Tensor, Tensor], ordinary: Tensor, first: int) -> _ScoredBatch:
         rows, positions = ordinary[:, 1:].nonzero(as_tuple=True)
-        return _ScoredBatch(*batch, rows, positions, batch[0][rows, positions + 1])
+        return _ScoredBatch(*batch, rows, positions, batch[0][rows, positions + 1], first)
 
     @staticmethod
-    def _masked(batch: tuple[Tensor, Tensor], chosen: Tensor, mask_token_id: int) -> _ScoredBatch:
+    def _masked(
+        batch: tuple[Tensor, Tensor], chosen: Tensor, mask_token_id: int, first: int
+    ) -> _ScoredBatch:
         rows, positions = chosen.nonzero(as_tuple=True)
         labels = batch[0][rows, positions]
         return _ScoredBatch(
-            batch[0].masked_fill(chosen, mask_token_id), batch[1], rows, positions, labels
+            batch[0].masked_fill(chosen, mask_token_id), batch[1], rows, positions, labels, first
         )
 
 

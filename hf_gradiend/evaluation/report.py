@@ -4,7 +4,8 @@ Cards, tables and figures are made from it and from nothing else.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import cast
 
 from datasets import Dataset
@@ -22,11 +23,14 @@ from hf_gradiend.evaluation.decoder import (
     EditMeasures,
     EditProbe,
     choose_edit,
+    compared,
     flat,
     sweep,
 )
-from hf_gradiend.evaluation.encoder import EncoderReport, evaluate_encoder
+from hf_gradiend.evaluation.encoder import EncoderReport, class_names, evaluate_encoder
+from hf_gradiend.metrics import Estimate
 from hf_gradiend.modeling_gradiend import GradiendModel
+from hf_gradiend.version import __version__
 
 GENDER_WORDS = (["she"], ["he"])
 
@@ -39,6 +43,7 @@ class JudgedEdit:
         choice: The choice with its own before and after.
         before: The base model on the texts of the judgement.
         after: The edited model on the same texts.
+        intervals: Measures before, after and their ratio with 95 % intervals, as `compared` gives.
         occupations: For each occupation of the picture the mean probabilities before and after.
         sweep: Measures against the step size at h = 0 and at the chosen h, on the judgement's
             texts.
@@ -47,6 +52,7 @@ class JudgedEdit:
     choice: EditChoice
     before: EditMeasures
     after: EditMeasures
+    intervals: dict[str, dict[str, Estimate]]
     occupations: list[dict[str, object]]
     sweep: list[dict[str, float]]
 
@@ -155,15 +161,13 @@ def choose_gender_edit(
     )
     if choice is None:
         return None
-    judging = EditProbe(
-        _rows(occupation_prompts("judge")), words, judged_on, base_model, processing_class
-    )
+    judging = judging_probe(gradiend, base_model, processing_class, neutral_texts)
     pictures = _rows(picture_prompts())
     picture = EditProbe(pictures, words, judged_on[:1], base_model, processing_class)
-    before, shown_before = judging.measure(), picture.probabilities()
+    before, shown_before = judging.read(), picture.probabilities()
     h, alpha = choice.feature_factor, choice.step_size
     with gradiend.edited(base_model, h, alpha):
-        after, shown_after = judging.measure(), picture.probabilities()
+        after, shown_after = judging.read(), picture.probabilities()
     curves = []
     if with_sweep:
         multiples = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
@@ -181,38 +185,81 @@ def choose_gender_edit(
         }
         for name in dict.fromkeys(names)
     ]
-    return JudgedEdit(choice, before, after, shown, curves)
+    intervals = compared(before, after)
+    return JudgedEdit(choice, before.measures, after.measures, intervals, shown, curves)
+
+
+def judging_probe(
+    gradiend: GradiendModel,
+    base_model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    neutral_texts: Sequence[str] | None = None,
+) -> EditProbe:
+    """The occupations and neutral texts on which a chosen edit of she against he is judged.
+
+    Args:
+        gradiend: GRADIEND of she against he.
+        base_model: Its base model, which the probe measures as its weights stand.
+        processing_class: The base model's tokenizer.
+        neutral_texts: As in `choose_gender_edit`.
+    """
+    _, judged_on = _neutral_passages(neutral_texts)
+    rows = _rows(occupation_prompts("judge"))
+    return EditProbe(rows, feature_words(gradiend), judged_on, base_model, processing_class)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a GRADIEND was made from: for its report, and for the card that is made of it.
+
+    Args:
+        base_model: Hub id of the base model, or its name for people.
+        dataset: Hub id of the feature data set, or its name for people.
+        base_model_license: Licence of the base model as the Hub spells it; `None` if unknown.
+        dataset_license: Licence of the data; `None` if unknown.
+        n_texts: Number of texts by split, before texts without room for their target are left out.
+        settings: Settings of the training, by name.
+    """
+
+    base_model: str
+    dataset: str
+    base_model_license: str | None = None
+    dataset_license: str | None = None
+    n_texts: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
 
 
 def build_report(
     gradiend: GradiendModel,
     *,
-    solver: str,
     encoder: EncoderReport,
     judged: JudgedEdit | None,
     training: Mapping[str, object],
-    base_model: str,
+    origin: Origin,
 ) -> dict[str, object]:
     """Everything measured, as JSON values.
 
     Args:
         gradiend: The GRADIEND.
-        solver: Which solver made it.
         encoder: What its encoder reads.
         judged: The chosen edit; `None` if there is none.
         training: What training did.
-        base_model: Name of the base model for people.
+        origin: What it was made from.
     """
     return {
-        "format": 1,
-        "base_model": base_model,
+        "format": 2,
+        "versions": {
+            "hf_gradiend": __version__,
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
+        **asdict(origin),
+        "solver": origin.settings.get("solver"),
         "base_model_revision": gradiend.config.base_model_revision,
         "objective": gradiend.config.objective,
         "n_selected": gradiend.config.n_selected,
-        "solver": solver,
         "source": gradiend.config.source,
         "target": gradiend.config.target,
-        "feature_classes": gradiend.config.feature_classes[0],
+        "feature_classes": list(class_names(gradiend)),
         "feature_words": gradiend.config.feature_words,
         "training": dict(training),
         "encoder": asdict(encoder),
@@ -227,6 +274,12 @@ def build_report(
         },
         "before": None if judged is None else asdict(judged.before),
         "after": None if judged is None else asdict(judged.after),
+        "intervals": None
+        if judged is None
+        else {
+            name: {when: asdict(estimate) for when, estimate in estimates.items()}
+            for name, estimates in judged.intervals.items()
+        },
         "occupations": [] if judged is None else judged.occupations,
         "sweep": [] if judged is None else judged.sweep,
         "energy": gradiend.energy_by_parameter(),

@@ -176,3 +176,16 @@ class GradiendTrainingArguments(TrainingArguments):
 
 def _default(item) -> object:  # noqa: ANN001 - dataclasses.Field is generic without a use here
     return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def settings_of(arguments: GradiendTrainingArguments) -> dict[str, object]:
+    """The settings that decide what is learned, for reports: plain JSON values."""
+    names = ["solver", "parameters", "source", "target", "max_train_texts", "top_k", "seed"]
+    if arguments.solver == "closed_form":
+        names += ["calibration_fraction"]
+    else:
+        names += [
+            "max_steps", "num_train_epochs", "learning_rate", "weight_decay",
+            "per_device_train_batch_size", "n_seeds", "prune_fraction", "warm_start",
+        ]  # fmt: skip
+    return {name: getattr(arguments, name) for name in names}

@@ -19,14 +19,14 @@ PACKAGE = Path(hf_gradiend.__file__).parent
 # sub-package, not from its neighbours on the same line. The package itself ("") gathers the public
 # names; only the command line may use them.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "version"),
     ("files",),
     ("configuration_gradiend", "parameters"),
     ("metrics", "base_models"),
     ("data",),
     ("gradients",),
     ("modeling_gradiend",),
-    ("edits",),
+    ("edits", "gradiend_format"),
     ("training", "adapter"),
     ("evaluation", "baselines"),
     ("cards",),
@@ -209,6 +209,7 @@ def public_imports(source: str) -> set[str]:
         for node in ast.parse(source).body
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_gradiend")
         for alias in node.names
+        if not (alias.asname or "").startswith("_")
     }
 
 

@@ -7,11 +7,14 @@ import datasets
 import pytest
 import torch
 from datasets.utils import logging as datasets_logging
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from hf_gradiend.adapter.config import feature_factor_of
 from hf_gradiend.cli import main
 from hf_gradiend.data.loading import load_feature_dataset
+from hf_gradiend.errors import ConfigError
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.solvers import AdamWSolver
 
@@ -157,22 +160,42 @@ def test_a_row_that_was_skipped_has_no_encoding(run_json, place, trained, tmp_pa
     assert all(isinstance(h, float) and math.isfinite(h) for h in encodings[1:])
 
 
-def test_adapting_writes_the_base_model_with_the_edit(run_json, place, trained, tmp_path):
-    result = run_json("adapt", "--gradiend", trained, "--output_dir", tmp_path / "edited",
+def test_adapting_writes_an_adapter_of_the_edit(run_json, place, trained, tmp_path):
+    folder = tmp_path / "adapter"
+    result = run_json("adapt", "--gradiend", trained, "--output_dir", folder, "--strength", "0.5",
                       "--feature_factor", "0.5", "--step_size", "0.01")  # fmt: skip
 
+    config = GradiendModel.from_pretrained(trained).config
     assert result == {
-        "output_dir": str(tmp_path / "edited"), "feature_factor": 0.5, "step_size": 0.01
+        "output_dir": str(folder), "feature_factor": 0.5, "step_size": 0.01, "strength": 0.5,
+        "n_values": config.n_selected, "bytes": sum(f.stat().st_size for f in folder.iterdir()),
     }  # fmt: skip
-    base = AutoModelForCausalLM.from_pretrained(place / "base").state_dict()
-    edited = AutoModelForCausalLM.from_pretrained(tmp_path / "edited").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    edited = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
     update = GradiendModel.from_pretrained(trained).decode(0.5)
-    assert (tmp_path / "edited" / "tokenizer.json").is_file()
     for name, weight in edited.items():
-        expected = base[name] + 0.01 * update[name] if name in update else base[name]
+        expected = before[name] + 0.005 * update[name] if name in update else before[name]
         torch.testing.assert_close(weight, expected.detach(), rtol=0, atol=1e-6)
     name = next(iter(update))
-    assert not torch.equal(edited[name], base[name])  # the control
+    assert not torch.equal(edited[name], before[name])  # the control
+
+
+def test_a_small_adapter_holds_the_share_of_the_weights_and_type_asked_for(
+    run_json, trained, tmp_path
+):
+    edit = ("adapt", "--gradiend", trained, "--feature_factor", "0.5", "--step_size", "0.01")
+    whole = run_json(*edit, "--output_dir", tmp_path / "whole")
+    small = run_json(*edit, "--output_dir", tmp_path / "small", "--top_k", "0.1",
+                     "--dtype", "bfloat16")  # fmt: skip
+    free = run_json(*edit, "--output_dir", tmp_path / "free", "--top_k", "0.1",
+                    "--dtype", "bfloat16", "--adjustable")  # fmt: skip
+
+    assert small["n_values"] == free["n_values"] == round(0.1 * whole["n_values"])
+    assert small["bytes"] < free["bytes"] < whole["bytes"]
+    with pytest.raises(ConfigError, match="fixed"):
+        feature_factor_of(0.3, PeftConfig.from_pretrained(tmp_path / "small").n_features)
+    assert PeftConfig.from_pretrained(tmp_path / "free").n_features == 1  # the control
 
 
 def test_without_an_edit_adapting_chooses_one(run_json, trained, tmp_path):
@@ -204,8 +227,14 @@ def test_the_quickstart_writes_everything_and_says_it(run_json, place, tmp_path)
     if result["edit"] is None:
         assert not edited
         assert result["before"] is result["after"] is config.step_size is None
+        assert "strengths" not in report
     else:
         assert edited
+        assert PeftConfig.from_pretrained(tmp_path / "adapter").step_size == config.step_size
+        at_zero = next(row for row in report["strengths"] if row["strength"] == 0)
+        shown = {row["occupation"]: row["before"] for row in report["occupations"]}
+        for row in at_zero["occupations"]:
+            assert row["p_plus"] == pytest.approx(shown[row["occupation"]]["p_plus"])
         assert config.step_size == result["edit"]["step_size"]
         assert result["before"].keys() == result["after"].keys() >= {"imbalance", "mass"}
 
@@ -361,6 +390,15 @@ def bad_input(place, trained, tmp_path):
             [*adapt, trained, "--feature_factor", "0", "--step_size", "nan"], "finite"),
         "an edit of another base model": (
             [*adapt, trained, "--base_model", place / "other"], "shape"),
+        "a given edit of another base model": (
+            [*adapt, trained, "--base_model", place / "other", "--feature_factor", "0",
+             "--step_size", "1"], "shape"),
+        "a strength that is no number": (
+            [*adapt, trained, "--feature_factor", "0", "--step_size", "1", "--strength", "nan"],
+            "strength"),
+        "a share of the weights above all": (
+            [*adapt, trained, "--feature_factor", "0", "--step_size", "1", "--top_k", "1.5"],
+            "(0, 1]"),
         "a folder with files of others": (
             ["adapt", "--gradiend", trained, "--output_dir", full], "new or empty folder"),
         "the folder of the GRADIEND itself": (

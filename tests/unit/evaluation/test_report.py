@@ -10,6 +10,7 @@ from hf_gradiend.errors import ConfigError
 from hf_gradiend.evaluation import report as report_module
 from hf_gradiend.evaluation.decoder import EditProbe
 from hf_gradiend.evaluation.report import (
+    Origin,
     build_report,
     choose_gender_edit,
     feature_words,
@@ -50,8 +51,8 @@ def judged(planted, gradiend):
 def report_of(gradiend, encoder, judged):
     training = {"global_step": 6, "seconds": 1.5, "convergence": [], "best_step": None}
     return build_report(
-        gradiend, solver="closed_form", encoder=encoder, judged=judged, training=training,
-        base_model="tiny",
+        gradiend, encoder=encoder, judged=judged, training=training,
+        origin=Origin("tiny", "names", settings={"solver": "closed_form"}),
     )  # fmt: skip
 
 

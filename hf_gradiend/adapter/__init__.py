@@ -1,0 +1,1 @@
+"""The PEFT method GRADIEND: a decoded update as an adapter, dialled at load time."""

@@ -1,0 +1,1 @@
+"""Exports of an adapter for people without this package: a merged model, LoRA, Supertuning."""
