@@ -250,33 +250,40 @@ class ParameterSelection:
         """
         if not 0.0 < fraction <= 1.0:
             raise SelectionError(f"Expected a fraction to keep in (0, 1], but got {fraction!r}.")
-        for entry in self.entries:
-            if tuple(scores[entry.name].shape) != entry.values_shape:
-                raise SelectionError(
-                    f"Expected scores of shape {entry.values_shape} for {entry.name!r}, but got "
-                    f"{tuple(scores[entry.name].shape)}."
-                )
-        magnitude = torch.cat(
-            [scores[entry.name].reshape(-1).abs().float() for entry in self.entries]
-        )
-        if not bool(torch.isfinite(magnitude).all()):
-            raise SelectionError("Expected finite scores, but got NaN or infinity among them.")
         n_kept = max(1, round(fraction * self.n_selected))
-        threshold = magnitude.topk(n_kept, sorted=False).values.min()
-        above = (magnitude > threshold).nonzero().squeeze(-1)
-        ties = (magnitude == threshold).nonzero().squeeze(-1)  # topk would take any of them
-        kept = torch.cat([above, ties[: n_kept - above.numel()]]).sort().values
+        threshold, n_ties = self._threshold(scores, n_kept)
         entries: list[SelectedParameter] = []
-        start = 0
         for entry in self.entries:
-            stop = start + entry.n_selected
-            first, last = torch.searchsorted(kept, torch.tensor([start, stop], device=kept.device))
-            local = kept[first:last] - start
-            if local.numel():
-                indices = local if entry.indices is None else entry.indices.to(local.device)[local]
+            bits = _magnitude_bits(entry, scores)
+            ties = (bits == threshold).nonzero().squeeze(-1)[:n_ties]
+            n_ties -= len(ties)
+            kept = torch.cat([(bits > threshold).nonzero().squeeze(-1), ties]).sort().values
+            if kept.numel():
+                indices = kept if entry.indices is None else entry.indices.to(kept.device)[kept]
                 entries.append(SelectedParameter(entry.name, entry.shape, indices.to(torch.int32)))
-            start = stop
         return ParameterSelection(tuple(entries))
+
+    def _threshold(self, scores: Mapping[str, Tensor], n_kept: int) -> tuple[int, int]:
+        """The bits of the smallest score to keep, and how many of these bits to keep.
+
+        Two counts, of the upper and of the lower half of the bits, instead of torch.topk, which
+        takes sixteen bytes a score.
+        """
+        n_left, upper = n_kept, 0
+        for shift in (16, 0):
+            counts = torch.zeros(2**16, dtype=torch.int64)
+            for entry in self.entries:
+                bits = _magnitude_bits(entry, scores)
+                if shift == 0:
+                    bits = bits[bits >> 16 == upper] & 0xFFFF
+                counts += torch.bincount(bits >> shift, minlength=2**16).cpu()
+            from_above = counts.flip(0).cumsum(0)  # scores with this half or a larger one
+            place = int(torch.searchsorted(from_above, n_left))
+            half = 2**16 - 1 - place
+            n_left -= int(from_above[place] - counts[half])
+            if shift == 16:
+                upper = half
+        return (upper << 16) + half, n_left  # pyright: ignore[reportPossiblyUnbound]
 
     def positions_in(self, larger: "ParameterSelection") -> dict[str, Tensor]:
         """For each parameter, where its entries stand among a larger selection's values.
@@ -351,6 +358,24 @@ def select_parameters(
     return ParameterSelection(
         tuple(SelectedParameter(n, tuple(p.shape)) for n, p in parameters.items() if n in wanted)
     )
+
+
+def _magnitude_bits(entry: SelectedParameter, scores: Mapping[str, Tensor]) -> Tensor:
+    """Bits of the absolute scores of one parameter, int32 `(k,)`: in the order of the numbers.
+
+    Raises:
+        SelectionError: If the scores have another shape, or are not all finite.
+    """
+    held = scores[entry.name]
+    if tuple(held.shape) != entry.values_shape:
+        raise SelectionError(
+            f"Expected scores of shape {entry.values_shape} for {entry.name!r}, but got "
+            f"{tuple(held.shape)}."
+        )
+    magnitude = held.detach().reshape(-1).abs().float()
+    if not bool(torch.isfinite(magnitude).all()):
+        raise SelectionError("Expected finite scores, but got NaN or infinity among them.")
+    return magnitude.view(torch.int32)
 
 
 def pack_indices(indices: Tensor) -> Tensor:

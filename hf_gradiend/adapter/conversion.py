@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,8 +82,7 @@ class GradiendAdapter:
         }
         kept, positions = selection, {}
         if top_k is not None:
-            scores = {n: update.values().view_as(update.bias) for n, update in updates.items()}
-            kept = selection.top_k(scores, fraction=top_k)
+            kept = selection.top_k(_Sizes(updates), fraction=top_k)
             positions = kept.positions_in(selection)
         adjustable = top_k is None if adjustable is None else adjustable
         dtype = dtype or next(iter(updates.values())).bias.dtype
@@ -218,6 +217,23 @@ class GradiendAdapter:
         update = Update(values.weight, values.bias, self.config.feature_factor, scale)
         selected = SelectedParameter(name, tuple(entry["shape"]), values.indices)
         return selected.scatter(update.values().view(selected.values_shape))
+
+
+class _Sizes(Mapping[str, Tensor]):
+    """The values of updates, computed when they are asked for: all at once they are a model."""
+
+    def __init__(self, updates: Mapping[str, Update]) -> None:
+        self.updates = updates
+
+    def __getitem__(self, name: str) -> Tensor:
+        update = self.updates[name]
+        return update.values().view_as(update.bias)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.updates)
+
+    def __len__(self) -> int:
+        return len(self.updates)
 
 
 def _values_of(
