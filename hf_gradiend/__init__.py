@@ -9,9 +9,11 @@ from hf_gradiend.adapter.registration import register as _register
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.loading import load_feature_dataset, load_neutral_texts
+from hf_gradiend.data.publishing import push_feature_dataset
 from hf_gradiend.errors import GradiendError
 from hf_gradiend.evaluation.decoder import choose_edit
 from hf_gradiend.evaluation.encoder import evaluate_encoder
+from hf_gradiend.hub import push_debiased_model
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
@@ -33,6 +35,8 @@ __all__ = [
     "load_base_model",
     "load_feature_dataset",
     "load_neutral_texts",
+    "push_debiased_model",
+    "push_feature_dataset",
     "select_parameters",
     "set_edit",
     "set_strength",

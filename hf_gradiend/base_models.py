@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -94,6 +95,7 @@ def load_base_model(  # noqa: PLR0913 - the arguments of transformers' own loade
             "Was it saved without its language-model head?",
             len(missing), place, missing[0],
         )  # fmt: skip
+    model.config._commit_hash = _commit_of(place, revision)
     check_tokenizer(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -199,6 +201,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _commit_of(place: str, revision: str | None) -> str | None:
+    """Commit of a model that came from the Hub; transformers does not keep it."""
+    if Path(place).is_dir():
+        return None
+    found = try_to_load_from_cache(place, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _saved_objective(config: PretrainedConfig) -> Objective:

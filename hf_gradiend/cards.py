@@ -4,9 +4,11 @@ The prose stands in card_templates/, one file per kind of card and parts that th
 module fills in the numbers.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from statistics import fmean
 from string import Template
 from typing import Any, Literal
 
@@ -45,30 +47,18 @@ def render_card(kind: Kind, report: Report, repo_id: str) -> str:
             for a card that is about one.
     """  # noqa: DOC502 - raised by _check
     _check(kind, report)
-    positive, negative = report["feature_classes"]
-    plus, minus = _words(report)
-    masked = report["objective"] == "masked"
-    names = {
-        "plus": plus,
-        "minus": minus,
-        "positive": positive,
-        "negative": negative,
-        "repo_id": repo_id,
-        "base_model": report["base_model"],
-        "short_name": report["base_model"].rpartition("/")[2],
-        "task": "fill-mask" if masked else "text-generation",
-        "prompt": "The nurse said that [MASK] was late." if masked else "The nurse said that",
-    }
+    names = _names(report, repo_id)
     text = _filled(
         kind,
         **names,
         feature=_filled("parts/feature", **names),
+        example=_filled(f"parts/example_{report['objective']}", **names),
         origin=_origin(report),
         encoder=_encoder(report),
         edit=_edit(report, names) if report["edit"] else "",
-        adapter=_adapter(report),
+        adapter=_adapter(report, names),
         energy=_energy(report),
-        limitations=_limitations(plus, minus),
+        limitations=_limitations(report),
         citation=_filled("parts/citation"),
         next_step=_filled("parts/next_step" if report["edit"] else "parts/no_edit"),
     )
@@ -101,23 +91,51 @@ def _check(kind: Kind, report: Report) -> None:
         )
 
 
+def _names(report: Report, repo_id: str) -> dict[str, str]:
+    """What several templates name."""
+    positive, negative = report["feature_classes"]
+    plus, minus = _words(report, positive), _words(report, negative)
+    gender = _is_gender(report)
+    return {
+        "plus": "/".join(plus),
+        "minus": "/".join(minus),
+        # One word each, for code.
+        "plus_word": json.dumps(plus[0], ensure_ascii=False),
+        "minus_word": json.dumps(minus[0], ensure_ascii=False),
+        "positive": positive,
+        "negative": negative,
+        "before_slot": "The nurse said that" if gender else "A text of yours, up to the gap:",
+        "after_slot": " was late." if gender else ", and the rest of it.",
+        "probed": "sentences about occupations" if gender else "texts",
+        "repo_id": repo_id,
+        "base_model": report["base_model"],
+        "short_name": report["base_model"].rpartition("/")[2],
+    }
+
+
+def _is_gender(report: Report) -> bool:
+    words = [_words(report, name) for name in report["feature_classes"]]
+    return sorted(words) == [["he"], ["she"]]
+
+
 def _data(kind: Kind, report: Report, repo_id: str) -> ModelCardData:
     """Front matter: what the Hub shows, filters by and links to."""
     base_model = report["base_model"]
-    is_id = "/" in base_model
+    is_id = "base_model" in report["hub_ids"]
     task = "fill-mask" if report["objective"] == "masked" else "text-generation"
     relations = {"gradiend": None, "adapter": "adapter", "model": "finetune"}
+    gender = _is_gender(report)
     return ModelCardData(
         model_name=repo_id.rpartition("/")[2],
-        language="en",
+        language="en" if gender else None,  # of other texts the report does not say it
         # Changed weights stand under the licence of the weights that were changed.
         license=report["dataset_license" if kind == "gradiend" else "base_model_license"],
         library_name={"gradiend": "hf_gradiend", "adapter": "peft", "model": "transformers"}[kind],
         base_model=base_model if is_id else None,
         base_model_relation=relations[kind] if is_id else None,
-        datasets=[report["dataset"]] if "/" in report["dataset"] else None,
+        datasets=[report["dataset"]] if "dataset" in report["hub_ids"] else None,
         pipeline_tag=None if kind == "gradiend" else task,
-        tags=["gradiend", "interpretability", "fairness", "bias"],
+        tags=["gradiend", "interpretability", *(["fairness", "bias"] if gender else [])],
         eval_results=_results(kind, report, task),
     )
 
@@ -143,19 +161,23 @@ def _results(kind: Kind, report: Report, task: str) -> list[EvalResult]:
             for name, split in splits.items()
             for metric in ("correlation", "accuracy")
         ]
-    after = {measure: found["after"]["value"] for measure, found in report["intervals"].items()}
-    texts = "occupations of hf_gradiend"
+    probed = "occupations of hf_gradiend" if _is_gender(report) else "texts of the judgement"
     return [
-        result("imbalance", "imbalance", after["imbalance"], texts, "judge"),
-        result("language-model score", "lm_score", after["lm_score"], texts, "judge"),
+        result(
+            label.partition(" (")[0],
+            measure,
+            report["intervals"][measure]["after"]["value"],
+            "neutral texts" if measure == "lm_score" else probed,
+            "judge",
+        )
+        for measure, label, more_is_better in MEASURES
+        if more_is_better is not None
     ]
 
 
-def _words(report: Report) -> tuple[str, str]:
-    """The words of the + and the − class as a person would say them: "she", "he"."""
-    positive, negative = report["feature_classes"]
-    words = report["feature_words"] or {}
-    return "/".join(words.get(positive, [positive])), "/".join(words.get(negative, [negative]))
+def _words(report: Report, class_name: str) -> list[str]:
+    """A class's words as a person would say them; its name where the report has none."""
+    return (report["feature_words"] or {}).get(class_name, [class_name])
 
 
 def _origin(report: Report) -> str:
@@ -193,10 +215,13 @@ def _listed(values: Mapping[str, object]) -> str:
 
 def _encoder(report: Report) -> str:
     encoder = report["encoder"]
-    rows = [("texts", "n", "correlation", "accuracy")]
+    rows: list[Sequence[str]] = [
+        ("texts", "n", "correlation", "accuracy", "three-way accuracy", "n with neutral")
+    ]
     for name, split in encoder["splits"].items():
-        r, a = split["correlation"], split["accuracy"]
-        rows.append((name, str(r["n"]), _estimate(r), _estimate(a)))
+        r, a, three = split["correlation"], split["accuracy"], split["three_way_accuracy"]
+        estimates = [_estimate(estimate) for estimate in (r, a, three)]
+        rows.append([name, str(r["n"]), *estimates, str(three["n"])])
     transfer = encoder["transfer_in_order"]
     return _filled(
         "parts/encoder",
@@ -221,6 +246,7 @@ def _edit(report: Report, names: Mapping[str, str]) -> str:
         step_size=f"{report['edit']['step_size']:.4g}",
         feature_factor=f"{report['edit']['feature_factor']:.4g}",
         table=_table(rows),
+        lm_score=_filled(f"parts/lm_score_{report['objective']}"),
         worse=_worse(report),
     )
 
@@ -234,43 +260,66 @@ def _worse(report: Report) -> str:
         if more_is_better is not None and ratio["low"] <= 1.0 <= ratio["high"]:
             unclear.append(name)
         elif more_is_better is not None and (ratio["value"] < 1.0) == more_is_better:
-            worse.append(f"{name} ({ratio['value']:.3f} times)")
-    told = f"What got worse: {', '.join(worse)}." if worse else "No measure got worse beyond doubt."
+            worse.append(f"{name}, {_estimate(ratio)} times what it was")
+    told = f"**What got worse:** {'; '.join(worse) or 'nothing beyond doubt'}."
     if unclear:
         told += f" Whether it changed cannot be told from these texts: {', '.join(unclear)}."
     return told
 
 
-def _adapter(report: Report) -> str:
+def _adapter(report: Report, names: Mapping[str, str]) -> str:
     form = report.get("adapter")
     if form is None:
         return ""
-    return _filled(
+    size = _filled(
         "parts/adapter",
         n_values=f"{form['n_values']:,}",
         n_selected=f"{report['n_selected']:,}",
         dtype=form["dtype"],
         megabytes=f"{form['bytes'] / 1e6:.1f}",
     )
+    strengths = report.get("strengths")
+    return f"{size}\n\n{_strengths(report, names)}" if strengths else size
+
+
+def _strengths(report: Report, names: Mapping[str, str]) -> str:
+    """What the adapter itself does at each strength, and the whole edit beside it."""
+    rows = [("strength", *(f"probability of “{names[side]}”" for side in ("plus", "minus")))]
+    for point in report["strengths"]:
+        rows.append((f"{point['strength']:g}", *_mean_probabilities(point["occupations"])))
+    whole = [occupation["after"] for occupation in report["occupations"]]
+    if whole:
+        rows.append(("the whole edit", *_mean_probabilities(whole)))
+    n_occupations = len(report["strengths"][0]["occupations"])
+    return _filled("parts/strengths", table=_table(rows), n=n_occupations)
+
+
+def _mean_probabilities(occupations: Sequence[Report]) -> tuple[str, str]:
+    plus, minus = (fmean(row[side] for row in occupations) for side in ("p_plus", "p_minus"))
+    return f"{plus:.3f}", f"{minus:.3f}"
 
 
 def _energy(report: Report) -> str:
     by_layer: dict[str, float] = {}
     for name, energy in report["energy"].items():
         number = re.search(r"\.(\d+)\.", name)
-        layer = f"layer {number[1]}" if number else "weights outside of layers"
+        layer = f"layer {number[1]}" if number else "the weights outside of layers"
         by_layer[layer] = by_layer.get(layer, 0.0) + energy
     total = sum(by_layer.values()) or 1.0
     largest = sorted(by_layer.items(), key=lambda item: -item[1])[:N_LAYERS]
     shares = ", ".join(f"{layer} ({energy / total:.1%})" for layer, energy in largest)
-    return _filled("parts/energy", shares=shares, n_layers=len(by_layer))
+    return _filled(
+        "parts/energy",
+        n_shown=len(largest),
+        n_layers=len(by_layer),
+        shares=shares,
+        share=f"{sum(energy for _, energy in largest) / total:.1%}",
+    )
 
 
-def _limitations(plus: str, minus: str) -> str:
-    parts = ["parts/limitations"]
-    if {plus, minus} == {"she", "he"}:
-        parts.insert(0, "parts/limitations_gender")
-    return "\n".join(_filled(part) for part in parts)
+def _limitations(report: Report) -> str:
+    parts = ["gender"] * _is_gender(report) + ["texts"] + ["edit"] * bool(report["edit"])
+    return "\n".join(_filled(f"parts/limitations_{part}") for part in parts)
 
 
 def _estimate(estimate: Report) -> str:

@@ -5,11 +5,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] - httpx's or requests', as it has
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.adapter.conversion import GradiendAdapter
@@ -25,7 +28,8 @@ class PushOptions:
     """Where and how to push.
 
     Args:
-        repo_id: Repository, `"org/name"`; made where it does not exist.
+        repo_id: Repository, `"org/name"`; made where it does not exist. `"name"` alone is the
+            token's owner's.
         private: Make it private; `None` for the organisation's default.
         revision: Branch to push to; made where it does not exist.
         create_pr: Open a pull request instead of pushing.
@@ -142,13 +146,15 @@ def push_folder(
         The commit, or what is said in its place where nothing changed.
 
     Raises:
-        ConfigError: If the folder holds nothing of that kind, the report is not one, or the
-            repository's name is not allowed.
+        ConfigError: If the folder holds nothing of that kind, the repository holds another one, the
+            report is not one, or the repository's name is not allowed.
         OutputError: If the Hub refuses.
     """  # noqa: DOC502 - raised by what it calls
     place = Path(folder)
     _check_kind(place, kind)
-    files = {str(f.relative_to(place)): f for f in _files(place)}
+    files = {f.relative_to(place).as_posix(): f for f in _files(place)}
+    with _hub_errors(options.repo_id):
+        options = replace(options, repo_id=_full_name(options))
     additions = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=file)
         for name, file in sorted(files.items())
@@ -156,7 +162,13 @@ def push_folder(
     ]
     content = _report_of(place, report)
     if content is not None:
-        card = render_card(kind, content, options.repo_id)
+        try:
+            card = render_card(kind, content, options.repo_id)
+        except KeyError as error:
+            raise ConfigError(
+                f"Expected the whole report.json of a training, but this one lacks {error}. Write "
+                f"it again with `hf-gradiend train` or `quickstart`."
+            ) from error
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         additions += [
             CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card.encode()),
@@ -166,12 +178,31 @@ def push_folder(
         return _commit(additions, kind, options)
 
 
+def _full_name(options: PushOptions) -> str:
+    """The repository's id with its owner, as the card has to name it."""
+    if "/" in options.repo_id:
+        return options.repo_id
+    return f"{HfApi(token=options.token).whoami()['name']}/{options.repo_id}"
+
+
 def _commit(additions: list[CommitOperationAdd], kind: Kind, options: PushOptions) -> CommitInfo:
+    """Commit the additions, and delete what they make stale.
+
+    Raises:
+        ConfigError: If the repository holds another kind.
+    """
     api = HfApi(token=options.token)
-    repo: RepoUrl = api.create_repo(options.repo_id, private=options.private, exist_ok=True)
+    api.create_repo(options.repo_id, private=options.private, exist_ok=True)
     if options.revision is not None and not options.create_pr:
-        api.create_branch(repo.repo_id, branch=options.revision, exist_ok=True)
-    present = api.list_repo_files(repo.repo_id, revision=options.revision)
+        api.create_branch(options.repo_id, branch=options.revision, exist_ok=True)
+    present = api.list_repo_files(options.repo_id, revision=options.revision)
+    # Both configurations in one place: transformers would load the adapter's base model.
+    alien = "config.json" if kind == "adapter" else "adapter_config.json"
+    if alien in present:
+        raise ConfigError(
+            f"Expected a repository for a push of kind {kind!r}, but {options.repo_id!r} holds "
+            f"something else ({alien}). Choose another repository."
+        )
     names = {operation.path_in_repo for operation in additions}
     stale = [
         CommitOperationDelete(path_in_repo=name)
@@ -179,7 +210,7 @@ def _commit(additions: list[CommitOperationAdd], kind: Kind, options: PushOption
         if name not in names and _is_stale(name)
     ]
     return api.create_commit(
-        repo.repo_id,
+        options.repo_id,
         operations=[*additions, *stale],
         commit_message=options.commit_message or f"Upload {kind} with hf_gradiend",
         revision=options.revision,
@@ -220,7 +251,7 @@ def _check_kind(place: Path, kind: Kind) -> None:
     }[kind]
     if not file.is_file():
         raise ConfigError(f"Expected a folder with {what}, but {str(place)!r} has no {file.name}.")
-    content = json.loads(file.read_text("utf-8"))
+    content = _read_object(file, f"a folder with {what}")
     found = content.get("peft_type" if kind == "adapter" else "model_type")
     expected = {"gradiend": "gradiend", "adapter": "GRADIEND", "model": None}[kind]
     if (expected is not None and found != expected) or (kind == "model" and found == "gradiend"):
@@ -238,15 +269,23 @@ def _report_of(
     file = place / REPORT if report is None else Path(report)
     if report is None and not file.is_file():
         return None
+    return _read_object(file, "the report.json of a training")
+
+
+def _read_object(file: Path, what: str) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds something else.
+    """
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"Expected the report.json of a training, but {str(file)!r} could not be read: "
-            f"{first_line_of(error)}"
+            f"Expected {what}, but {str(file)!r} could not be read: {first_line_of(error)}"
         ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"Expected the report.json of a training, but {str(file)!r} is not one.")
+        raise ConfigError(f"Expected {what}, but {str(file)!r} holds no JSON object.")
     return content
 
 
@@ -265,7 +304,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
             f"Expected a repository id such as 'org/name', but got {repo_id!r}: "
             f"{first_line_of(error)}"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # the last from uploads of large files
         raise OutputError(
             f"Expected to push to {repo_id!r}, but the Hub refused or could not be reached: "
             f"{first_line_of(error)} Check the token (`hf auth login`) and your rights there."

@@ -1,6 +1,6 @@
 """Statistics of encodings: plain functions of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -103,17 +103,43 @@ def bootstrap(
     Returns:
         The statistic on all items, with the interval.
     """
-    value = statistic(torch.arange(n))
+
+    def named(rows: Tensor) -> dict[str, float]:
+        return {"": statistic(rows)}
+
+    return bootstrap_all(named, n, n_resamples=n_resamples, seed=seed)[""]
+
+
+def bootstrap_all(
+    statistics: Callable[[Tensor], Mapping[str, float]],
+    n: int,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Several statistics of the same items with their 95 % intervals, on the same resamples.
+
+    Args:
+        statistics: Takes item numbers of shape `(n,)` and gives numbers by name; may raise
+            ValueError, as in `bootstrap`.
+        n: Number of items.
+        n_resamples: Number of resamples.
+        seed: Seed of the resampling.
+    """
+    values = statistics(torch.arange(n))
     generator = torch.Generator().manual_seed(seed)
-    values: list[float] = []
+    resampled: list[Mapping[str, float]] = []
     for _ in range(10 * n_resamples):
         try:
-            values.append(statistic(torch.randint(n, (n,), generator=generator)))
+            resampled.append(statistics(torch.randint(n, (n,), generator=generator)))
         except ValueError:
             continue
-        if len(values) == n_resamples:
+        if len(resampled) == n_resamples:
             break
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.025, 0.975], dtype=torch.float64)
-    )
-    return Estimate(value, float(low), float(high), n)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    found: dict[str, Estimate] = {}
+    for name, value in values.items():
+        drawn = torch.tensor([sample[name] for sample in resampled], dtype=torch.float64)
+        low, high = drawn.quantile(ends).tolist()
+        found[name] = Estimate(value, low, high, n)
+    return found

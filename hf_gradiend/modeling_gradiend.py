@@ -340,8 +340,9 @@ class GradiendModel(PreTrainedModel):
         Raises:
             OSError: If there is no such place, or its weights are broken or incomplete.
             ValueError: If it holds another kind of model, or a broken configuration.
-        """  # noqa: DOC502 - ValueError is raised by GradiendConfig
+        """
         wants_info = bool(kwargs.pop("output_loading_info", False))
+        kwargs.setdefault("use_safetensors", True)  # never a pickle
         try:
             model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 pretrained_model_name_or_path,
@@ -354,6 +355,9 @@ class GradiendModel(PreTrainedModel):
                 f"Expected the weights of a GRADIEND in {str(pretrained_model_name_or_path)!r}, "
                 f"but a file is broken: {error}. Save, push or download it again."
             ) from error
+        except ValueError as error:
+            place = str(pretrained_model_name_or_path)
+            raise ValueError(f"{place!r} cannot be loaded as a GRADIEND: {error}") from error
         # transformers would draw missing weights at random, and warn.
         missing = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
         if missing:

@@ -226,10 +226,12 @@ class GradiendTuner(BaseTuner):
                 )
             for kind, name, file_name in layer.tensors_of(adapter_name):
                 key = key_of(file_name, kind)
-                if key in state_dict:
-                    remapped[f"{path}.{kind}.{adapter_name}.{name}"] = state_dict[key]
-                else:
+                # transformers 4 takes the first two steps of the path off before it asks.
+                found = state_dict.get(key, state_dict.get(key.removeprefix("base_model.model.")))
+                if found is None:
                     missing.append(key)
+                else:
+                    remapped[f"{path}.{kind}.{adapter_name}.{name}"] = found
         if missing:
             withdraw(model, adapter_name)
             getattr(model, "peft_config", {}).pop(adapter_name, None)

@@ -94,13 +94,14 @@ class GradiendFiles(Mapping[str, AdapterValues]):
     ) -> None:
         self.place = os.fspath(name_or_path)
         self.options = {"revision": revision, "token": token}
-        content = json.loads(self._file("config.json").read_text("utf-8"))
-        if content.get("model_type") != GradiendConfig.model_type:
+        content = self._file("config.json").read_text("utf-8")
+        try:
+            self.config: GradiendConfig = GradiendConfig.from_dict(json.loads(content))
+        except (ValueError, AttributeError) as error:  # not JSON, not an object, or another model's
             raise ConfigError(
-                f"Expected the folder or Hub id of a GRADIEND, but {self.place!r} holds a model of "
-                f"type {content.get('model_type')!r}."
-            )
-        self.config: GradiendConfig = GradiendConfig.from_dict(content)
+                f"Expected the folder or Hub id of a GRADIEND, but {self.place!r} holds another "
+                f"config.json: {first_line_of(error)}"
+            ) from error
         self.shapes = {e["name"]: tuple(e["shape"]) for e in self.config.parameters}
         self.sparse = {e["name"] for e in self.config.parameters if e["n_selected"] is not None}
         try:

@@ -10,6 +10,7 @@ from huggingface_hub import RepoCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.base_models import load_base_model
+from hf_gradiend.data.templates import OWN_TEXTS
 from hf_gradiend.errors import CompatibilityError, ConfigError, DataError, first_line_of
 from hf_gradiend.evaluation.report import Origin
 from hf_gradiend.modeling_gradiend import GradiendModel
@@ -153,4 +154,9 @@ def origin_of(
         dataset_license=licenses[1],
         n_texts={str(split): len(rows) for split, rows in data.items()},
         settings=settings_of(arguments),
+        hub_ids=[
+            what
+            for what, place in (("base_model", base_model), ("dataset", dataset))
+            if not Path(place).exists() and place != OWN_TEXTS
+        ],
     )

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
-from hf_gradiend.cli import adapt, encode, export, push, quickstart, train
+from hf_gradiend.cli import adapt, encode, evaluate, export, push, quickstart, train
 from hf_gradiend.errors import GradiendError
 
-COMMANDS = (quickstart, train, encode, adapt, export, push)
+COMMANDS = (quickstart, train, encode, evaluate, adapt, export, push)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

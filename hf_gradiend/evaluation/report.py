@@ -219,6 +219,7 @@ class Origin:
         dataset_license: Licence of the data; `None` if unknown.
         n_texts: Number of texts by split, before texts without room for their target are left out.
         settings: Settings of the training, by name.
+        hub_ids: Which of `base_model` and `dataset` are ids on the Hub.
     """
 
     base_model: str
@@ -227,6 +228,7 @@ class Origin:
     dataset_license: str | None = None
     n_texts: dict[str, int] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
+    hub_ids: list[str] = field(default_factory=list)
 
 
 def build_report(

@@ -32,7 +32,7 @@ def test_every_statistic_of_a_sample_has_a_hand_worked_case():
         n for n, f in vars(metrics).items() if getattr(f, "__module__", "") == metrics.__name__
     }
 
-    assert public - {"Estimate", "bootstrap"} == CASES.keys()
+    assert public - {"Estimate", "bootstrap", "bootstrap_all"} == CASES.keys()
 
 
 def test_correlation_is_symmetric_and_blind_to_scale_and_shift():
@@ -158,3 +158,13 @@ def test_bootstrap_draws_again_where_the_statistic_is_not_defined():
 def test_bootstrap_of_a_statistic_that_is_never_defined_says_why():
     with pytest.raises(ValueError, match="constant"):
         bootstrap(lambda items: pearson_correlation(items * 0.0, items * 1.0), 4)
+
+
+def test_several_statistics_share_their_resamples():
+    x = torch.randn(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    found = metrics.bootstrap_all(lambda rows: {"m": float(x[rows].mean()), "n": 1.0}, len(x))
+
+    assert found["m"] == metrics.bootstrap(lambda rows: float(x[rows].mean()), len(x))
+    assert found["n"] == metrics.Estimate(1.0, 1.0, 1.0, len(x))
+    assert found["m"].low < found["m"].value < found["m"].high  # the control

@@ -1,0 +1,1 @@
+"""Bias benchmarks, one module each: what it measures, how items are read, scored and averaged."""
