@@ -117,6 +117,8 @@ def license_of(name: str, repo_type: str) -> str | None:
         name: Hub id or folder.
         repo_type: `"model"` or `"dataset"`.
     """
+    if Path(name).is_file():
+        return None
     try:
         if Path(name).is_dir():
             card = Path(name) / "README.md"

@@ -66,7 +66,8 @@ class GradiendTrainingArguments(TrainingArguments):
     adam_epsilon: float = 1e-8
     lr_scheduler_type: str = "constant"  # pyright: ignore[reportIncompatibleVariableOverride]
     logging_steps: float = 1
-    report_to: str | list[str] | None = "none"
+    # In the order that HfArgumentParser can read.
+    report_to: None | str | list[str] = "none"  # noqa: RUF036
     save_strategy: str = "steps"  # pyright: ignore[reportIncompatibleVariableOverride]
     eval_strategy: str = "steps"  # pyright: ignore[reportIncompatibleVariableOverride]
     eval_steps: float | None = 25
@@ -156,7 +157,8 @@ class GradiendTrainingArguments(TrainingArguments):
             f"no {item.name} (GradiendTrainer does not use it), "
             f"but got {getattr(self, item.name)!r}"
             for item in fields(TrainingArguments)
-            if item.name not in _HONOURED and getattr(self, item.name) != _default(item)
+            if item.name not in _HONOURED
+            and _as_parsed(getattr(self, item.name)) != _as_parsed(_default(item))
         ]
         own = {item.name: item for item in fields(self)}
         unread: dict[str, str] = {}
@@ -176,6 +178,11 @@ class GradiendTrainingArguments(TrainingArguments):
 
 def _default(item) -> object:  # noqa: ANN001 - dataclasses.Field is generic without a use here
     return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def _as_parsed(value: object) -> object:
+    """A value as HfArgumentParser may give it back: it turns "no" into False and "" into None."""
+    return None if isinstance(value, (bool, str)) and value in {False, "", "no"} else value
 
 
 def settings_of(arguments: GradiendTrainingArguments) -> dict[str, object]:

@@ -2,7 +2,7 @@ import re
 from dataclasses import fields
 
 import pytest
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.training.arguments import GradiendTrainingArguments
@@ -169,3 +169,13 @@ def test_every_argument_is_documented():
 
     assert own <= set(documented)
     assert len(own) > 10  # the control: there are some
+
+
+def test_the_command_line_parser_of_transformers_reads_them():
+    parser = HfArgumentParser(GradiendTrainingArguments)
+
+    (arguments,) = parser.parse_args_into_dataclasses(["--solver", "adamw", "--n_seeds", "3"])
+    (plain,) = parser.parse_args_into_dataclasses([])
+
+    assert (arguments.solver, arguments.n_seeds) == ("adamw", 3)
+    assert (plain.solver, plain.n_seeds) == ("closed_form", 1)  # the control
