@@ -57,6 +57,7 @@ class Benchmark(ABC):
     files: ClassVar[Mapping[str, str]]  # file name → SHA-256 of the published file
     measures: ClassVar[tuple[Measure, ...]]
     objectives: ClassVar[tuple[str, ...]] = ("masked", "causal")
+    divisible: ClassVar[bool] = True  # whether a part of the items is a smaller benchmark
 
     @abstractmethod
     def load(self, folder: Path) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ class Seat(Benchmark):
     name = "seat"
     paper = "May et al. (2019), https://aclanthology.org/N19-1063"
     files: ClassVar = {}
+    divisible = False  # a test needs its four lists
     measures = tuple(Measure(f"d_{test}", -2.0, 2.0, 0.0) for test in TESTS)
 
     def __init__(self, pooling: Pooling = "sentence") -> None:

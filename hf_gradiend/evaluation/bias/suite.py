@@ -69,7 +69,8 @@ def run_benchmark(
         model: Masked or causal language model with its head; left as it was.
         tokenizer: Its tokenizer.
         data_dir: Folder with the benchmark's files, or one with such a folder in it.
-        limit: Number of items, evenly spread, for a quick look; `None` for all.
+        limit: Number of items, evenly spread, for a quick look; `None` for all, and SEAT always
+            takes all.
         cache_dir: Where to keep values; a model of the same bits is not asked again.
         progress: Show progress bars.
 
@@ -85,7 +86,7 @@ def run_benchmark(
             f"but {type(model).__name__} is {objective}."
         )
     items = benchmark.load(_folder_of(benchmark, data_dir))
-    if limit is not None:
+    if limit is not None and benchmark.divisible:
         items = items[:: max(1, len(items) // max(limit, 1))][:limit]
     if not items:
         raise DataError(f"Expected items of {benchmark.name}, but there is none.")
@@ -103,7 +104,14 @@ def run_benchmark(
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"values": values}, f"{file}.partial")
             Path(f"{file}.partial").replace(file)
-    return BenchmarkResult(benchmark, columns, values)
+    result = BenchmarkResult(benchmark, columns, values)
+    try:
+        result.score()
+    except ValueError as error:
+        raise DataError(
+            f"Expected more items of {benchmark.name} than {len(items)}: {error} Raise the limit."
+        ) from error
+    return result
 
 
 def fingerprint(model: nn.Module) -> str:

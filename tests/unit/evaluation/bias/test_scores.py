@@ -253,6 +253,23 @@ def test_missing_and_other_files_are_refused(stereoset, tmp_path):
         checked_files(StereoSet(), stereoset)
 
 
+def test_a_limit_takes_evenly_spread_items_and_seat_takes_all(stereoset, make_lm, monkeypatch):
+    lm = make_lm("gpt2")
+    (item,) = StereoSet().load(stereoset)
+    monkeypatch.setattr(StereoSet, "load", lambda *_: [{**item, "target": n} for n in range(10)])
+    monkeypatch.setattr(WinoBias, "files", {})
+    pair = {"pro": "Anna said it.", "anti": "Paul said it.", "type": 1}
+    monkeypatch.setattr(WinoBias, "load", lambda *_: [pair, {**pair, "type": 2}])
+
+    limited = run_benchmark(StereoSet(), lm.model, lm.tokenizer, stereoset, limit=5, progress=False)
+    seats = run_benchmark(seat.Seat(), lm.model, lm.tokenizer, stereoset, limit=5, progress=False)
+
+    assert limited.n == 5
+    assert seats.n == len(seat.Seat().load(stereoset)) > 5
+    with pytest.raises(DataError, match=r"more items of winobias than 1.*Raise the limit"):
+        run_benchmark(WinoBias(), lm.model, lm.tokenizer, stereoset, limit=1, progress=False)
+
+
 def test_unknown_benchmarks_and_models_without_a_head_are_refused(stereoset, make_lm):
     with pytest.raises(ConfigError, match="'stereo'"):
         benchmarks_named(["stereo"])
