@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_gradiend.adapter.values import LAYER_NAME
 from hf_gradiend.base_models import objective_of
 from hf_gradiend.edits import bit_sum
 from hf_gradiend.errors import BaseModelError, ConfigError, DataError
@@ -115,9 +116,14 @@ def run_benchmark(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and bits of a model's weights, as they stand now."""
+    """SHA-256 over the names, shapes and bits of a model's weights, as they stand now.
+
+    The values of a GRADIEND adapter are left out: they act through the weights.
+    """
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in model.named_parameters():
+        if LAYER_NAME in name.split("."):
+            continue
         facts = (name, tuple(parameter.shape), str(parameter.dtype), int(bit_sum(parameter)))
         digest.update(repr(facts).encode())
     return digest.hexdigest()

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from hf_gradiend.adapter.config import feature_factor_of
 from hf_gradiend.cli import main
 from hf_gradiend.data.loading import load_feature_dataset
 from hf_gradiend.errors import ConfigError
+from hf_gradiend.evaluation.bias.stereoset import StereoSet
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.solvers import AdamWSolver
 
@@ -205,6 +207,44 @@ def test_without_an_edit_adapting_chooses_one(run_json, trained, tmp_path):
     assert abs(result["feature_factor"]) <= 1.0
 
 
+@pytest.fixture
+def stereoset(tmp_path, monkeypatch):
+    """Three sentences in StereoSet's form, with their own checksum."""
+    gap = {"context": "the nurse said that BLANK was late .", "bias_type": "x", "target": "nurse"}
+    words = {"stereotype": "she", "anti-stereotype": "he", "unrelated": "day"}
+    rows = {
+        side: [{**gap, "sentence": gap["context"].replace("BLANK", word)}] * 3
+        for side, word in words.items()
+    }
+    (tmp_path / "bias").mkdir()
+    file = tmp_path / "bias" / "stereoset.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(StereoSet, "files", {"stereoset.json": digest})
+    return tmp_path
+
+
+def test_evaluating_compares_strengths_with_the_base_model(
+    run_json, place, trained, stereoset, tmp_path
+):
+    edit = ("--feature_factor", "0.5", "--step_size", "0.01")
+    run_json("adapt", "--gradiend", trained, "--output_dir", tmp_path / "adapter", *edit)
+    argv = ("evaluate", "--base_model", place / "base", "--benchmarks", "stereoset",
+            "--data_dir", stereoset, "--output_dir", tmp_path / "out")  # fmt: skip
+
+    alone = run_json(*argv)
+    both = run_json(*argv, "--adapter", tmp_path / "adapter", "--strength", "0", "1")
+
+    assert alone["base"]["stereoset"].keys() == {"ss", "lms", "icat"}
+    assert alone["edited"] == []
+    assert [edit["strength"] for edit in both["edited"]] == [0.0, 1.0]
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["edited"] == both["edited"]
+    for row in both["edited"][0]["rows"]:  # strength 0 is the base model
+        assert row["before"] == row["after"] == alone["base"]["stereoset"][row["measure"]]
+    assert len(list((tmp_path / "out" / "cache").iterdir())) == 2  # the base model and the edit
+
+
 def test_the_quickstart_writes_everything_and_says_it(run_json, place, tmp_path):
     result = run_json("quickstart", "--base_model", place / "base", "--dataset",
                       place / "data.jsonl", "--output_dir", tmp_path, "--fast")  # fmt: skip
@@ -342,6 +382,8 @@ def bad_input(place, trained, tmp_path):
     train = ["train", "--base_model", place / "base", "--output_dir", tmp_path / "out"]
     with_data = [*train, "--dataset", place / "data.jsonl"]
     encode = ["encode", "--dataset", place / "data.jsonl", "--gradiend"]
+    evaluate = ["evaluate", "--base_model", place / "base", "--data_dir", tmp_path,
+                "--output_dir", tmp_path / "out"]  # fmt: skip
     adapt = ["adapt", "--output_dir", tmp_path / "out", "--gradiend"]
     full = tmp_path / "full"
     full.mkdir()
@@ -403,6 +445,13 @@ def bad_input(place, trained, tmp_path):
             ["adapt", "--gradiend", trained, "--output_dir", full], "new or empty folder"),
         "the folder of the GRADIEND itself": (
             ["adapt", "--gradiend", trained, "--output_dir", trained], "new or empty folder"),
+        "an unknown benchmark": ([*evaluate, "--benchmarks", "stereo"], "'stereo'"),
+        "a benchmark's file that is not there": (
+            [*evaluate, "--benchmarks", "crows_pairs"], "crows_pairs.csv"),
+        "a strength of nothing": ([*evaluate, "--strength", "1"], "--adapter"),
+        "a limit of no items": ([*evaluate, "--limit", "0"], "--limit"),
+        "an adapter that is not there": (
+            [*evaluate, "--benchmarks", "seat", "--adapter", tmp_path / "none"], "adapter"),
         "a quickstart without a folder": (
             ["quickstart", "--base_model", place / "base", "--output_dir", tmp_path / "file" / "q"],
             "cannot be written"),
