@@ -72,8 +72,8 @@ def judge(gradiend: GradiendModel, base: tuple) -> dict[str, object]:
 
 def size_of(adapter: GradiendAdapter, file: Path) -> dict[str, object]:
     """What report.json and the card say of the adapter."""
-    n_values = sum(values.bias.numel() for values in adapter.values.values())
-    return {"n_values": n_values, "dtype": adapter.config.dtype, "bytes": file.stat().st_size}
+    config = adapter.config
+    return {"n_values": config.n_values, "dtype": config.dtype, "bytes": file.stat().st_size}
 
 
 def main() -> None:

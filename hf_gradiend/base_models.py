@@ -203,6 +203,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def trainability_kept(model: nn.Module) -> Iterator[None]:
+    """Put every parameter's `requires_grad` back afterwards: peft freezes a base model for good."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+
+
 def _commit_of(place: str, revision: str | None) -> str | None:
     """Commit of a model that came from the Hub; transformers does not keep it."""
     if Path(place).is_dir():

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_gradiend.errors import ConfigError
+from hf_gradiend.parameters import layer_of
 
 Kind = Literal["gradiend", "adapter", "model"]
 KINDS: tuple[Kind, ...] = ("gradiend", "adapter", "model")
@@ -302,8 +303,8 @@ def _mean_probabilities(occupations: Sequence[Report]) -> tuple[str, str]:
 def _energy(report: Report) -> str:
     by_layer: dict[str, float] = {}
     for name, energy in report["energy"].items():
-        number = re.search(r"\.(\d+)\.", name)
-        layer = f"layer {number[1]}" if number else "the weights outside of layers"
+        number = layer_of(name)
+        layer = "the weights outside of layers" if number is None else f"layer {number}"
         by_layer[layer] = by_layer.get(layer, 0.0) + energy
     total = sum(by_layer.values()) or 1.0
     largest = sorted(by_layer.items(), key=lambda item: -item[1])[:N_LAYERS]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_gradiend.errors import OutputError
+from hf_gradiend.errors import ConfigError, OutputError, first_line_of
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
@@ -51,6 +51,27 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, object]) -> P
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
     temporary.replace(file)
     return file
+
+
+def read_object(file: Path, what: str) -> dict:
+    """The object in a JSON file.
+
+    Args:
+        file: The file.
+        what: What it should be, for the message.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Expected {what}, but {str(file)!r} could not be read: {first_line_of(error)}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"Expected {what}, but {str(file)!r} holds no JSON object.")
+    return content
 
 
 @contextmanager

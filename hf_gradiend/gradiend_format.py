@@ -1,6 +1,5 @@
 """Reading GRADIENDs saved by the official package `gradiend` 0.2, or by the paper's first code."""
 
-import json
 import logging
 import os
 import pickle
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.errors import ConfigError, first_line_of
+from hf_gradiend.files import read_object
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter
 
@@ -389,15 +389,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"Expected the JSON file {str(file)!r}, but it cannot be read: {first_line_of(error)}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"Expected a JSON object in {str(file)!r}, but got another value.")
-    return content
+    return read_object(file, "the JSON object of a GRADIEND checkpoint")
 
 
 def _field(values: object, key: str, kind: type[Value], file: Path) -> Value:

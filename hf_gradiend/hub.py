@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_gradiend.adapter.conversion import GradiendAdapter
 from hf_gradiend.cards import Kind, render_card
 from hf_gradiend.errors import ConfigError, OutputError, first_line_of
+from hf_gradiend.files import read_object
 from hf_gradiend.modeling_gradiend import GradiendModel
 
 REPORT = "report.json"
@@ -251,7 +252,7 @@ def _check_kind(place: Path, kind: Kind) -> None:
     }[kind]
     if not file.is_file():
         raise ConfigError(f"Expected a folder with {what}, but {str(place)!r} has no {file.name}.")
-    content = _read_object(file, f"a folder with {what}")
+    content = read_object(file, f"a folder with {what}")
     found = content.get("peft_type" if kind == "adapter" else "model_type")
     expected = {"gradiend": "gradiend", "adapter": "GRADIEND", "model": None}[kind]
     if (expected is not None and found != expected) or (kind == "model" and found == "gradiend"):
@@ -269,24 +270,7 @@ def _report_of(
     file = place / REPORT if report is None else Path(report)
     if report is None and not file.is_file():
         return None
-    return _read_object(file, "the report.json of a training")
-
-
-def _read_object(file: Path, what: str) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ConfigError: If it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"Expected {what}, but {str(file)!r} could not be read: {first_line_of(error)}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"Expected {what}, but {str(file)!r} holds no JSON object.")
-    return content
+    return read_object(file, "the report.json of a training")
 
 
 @contextmanager

@@ -436,6 +436,11 @@ def selection_of(model: nn.Module) -> ParameterSelection:
     )
 
 
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a parameter's name says; `None` outside of layers."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
 def _layer_names(model: nn.Module) -> set[str]:
     # The blocks of every transformers backbone stand in an nn.ModuleList; the outermost ones are
     # the stack itself (lists of experts or attention groups lie inside).

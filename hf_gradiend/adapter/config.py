@@ -171,6 +171,16 @@ class GradiendAdapterConfig(PeftConfig):
         return config
 
     @property
+    def n_values(self) -> int:
+        """Number of base-model weights that the adapter has values for."""
+        return sum(
+            torch.Size(entry["shape"]).numel()
+            if entry["n_selected"] is None
+            else entry["n_selected"]
+            for entry in self.parameters
+        )
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """Type of the values."""
         return getattr(torch, self.dtype)

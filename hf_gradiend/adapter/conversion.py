@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hf_gradiend.adapter.values import (
     key_of,
     resolved_file,
 )
+from hf_gradiend.base_models import trainability_kept
 from hf_gradiend.edits import Update, check_decoder, chosen_edit
 from hf_gradiend.errors import ConfigError, first_line_of
 from hf_gradiend.files import writable_folder
@@ -201,6 +203,27 @@ class GradiendAdapter:
         config = replace(self.config, base_model_name_or_path=own_name)  # or peft warns
         config.values = self.values
         return get_peft_model(base_model, config, adapter_name=adapter_name)  # pyright: ignore[reportReturnType]
+
+    @contextmanager
+    def applied(self, base_model: PreTrainedModel) -> Iterator[PeftModel]:
+        """Context in which a base model carries the adapter; afterwards it is as it was before.
+
+        Args:
+            base_model: Base model; its weights are edited in place meanwhile.
+
+        Yields:
+            A `PeftModel` around the base model.
+
+        Raises:
+            CompatibilityError: If the adapter was made for another base model.
+            BaseModelError: If weights of the base model are offloaded or quantised.
+        """  # noqa: DOC502 - raised by apply_to
+        with trainability_kept(base_model):
+            model = self.apply_to(base_model)
+            try:
+                yield model
+            finally:
+                model.unload()  # pyright: ignore[reportCallIssue] - the tuner's
 
     def update(self, name: str) -> Tensor:
         """What the adapter adds to a parameter, strength·α·(h·W_d + b_d).

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -218,15 +219,10 @@ class GradiendLayer(nn.Module, BaseTunerLayer):
         Raises:
             BaseModelError: If the weight is offloaded.
             NumericalError: If values are NaN or infinite, or never came.
-        """
+        """  # noqa: DOC502 - the first is raised by refuse_offloaded
         for name in self.names_of(adapter_name):
             if self._parameter(name).is_meta:  # weights may be offloaded at any time
-                raise BaseModelError(
-                    f"Expected base-model weights in memory, but {name!r} of "
-                    f"{type(self.get_base_layer()).__name__} is offloaded. Load the base model "
-                    f"with a device_map that offloads nothing, or merge the adapter into the "
-                    f"checkpoint with `hf-gradiend export --to merged`."
-                )
+                refuse_offloaded(f"{name!r} of {type(self.get_base_layer()).__name__}")
             if adapter_name in self._checked:
                 continue
             values = self.values_of(adapter_name, name)
@@ -385,6 +381,19 @@ class GradiendLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """The adapters, for `print(model)`."""
         return ", ".join(self.gradiend_decoder_bias)
+
+
+def refuse_offloaded(what: str) -> NoReturn:
+    """Refuse a weight that is not in memory.
+
+    Raises:
+        BaseModelError: Always.
+    """
+    raise BaseModelError(
+        f"Expected base-model weights in memory, but {what} is offloaded. Load the base model with "
+        f"a device_map that offloads nothing, or merge the adapter into the checkpoint with "
+        f"`hf-gradiend export --to merged`."
+    )
 
 
 def steering_of(model: nn.Module) -> Steering | None:

@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from hf_gradiend.adapter import control
 from hf_gradiend.adapter.combination import weighted_sum
 from hf_gradiend.adapter.config import GradiendAdapterConfig
-from hf_gradiend.adapter.layer import Bag, GradiendLayer, layers_of, steering_of, withdraw
+from hf_gradiend.adapter.layer import (
+    Bag,
+    GradiendLayer,
+    layers_of,
+    refuse_offloaded,
+    steering_of,
+    withdraw,
+)
 from hf_gradiend.adapter.quantized import backend_of, check_quantization
 from hf_gradiend.adapter.steering import Steering
 from hf_gradiend.adapter.values import LAYER_NAME, AdapterValues, key_of
-from hf_gradiend.errors import BaseModelError, CompatibilityError, ConfigError
+from hf_gradiend.errors import CompatibilityError, ConfigError
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter
 
 
@@ -308,11 +315,7 @@ def _places(config: GradiendAdapterConfig, model: nn.Module) -> Iterator[_Place]
         owner_name, _, name = own.rpartition(".")
         owner = model.get_submodule(owner_name)
         if parameter.is_meta or getattr(getattr(owner, "_hf_hook", None), "offload", False):
-            raise BaseModelError(
-                f"Expected base-model weights in memory, but {own!r} is offloaded. Load the base "
-                f"model with a device_map that offloads nothing, or merge the adapter into the "
-                f"checkpoint with `hf-gradiend export --to merged`."
-            )
+            refuse_offloaded(repr(own))
         yield _Place(
             owner_name.replace(".base_layer", ""),
             owner,

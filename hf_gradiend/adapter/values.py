@@ -18,7 +18,6 @@ from hf_gradiend.parameters import pack_indices, unpack_indices
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
-
 LAYER_NAME = "gradiend"  # of the layer in the module that owns the weights
 WEIGHT, BIAS, GAPS = (  # kinds of tensors in it
     "gradiend_decoder_weight",

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         adjustable=args.adjustable,
     )  # fmt: skip
     adapter.save_pretrained(folder)
-    n_values = sum(values.bias.numel() for values in adapter.values.values())
+    n_values = adapter.config.n_values
     n_bytes = sum(file.stat().st_size for file in folder.iterdir())
     if not args.json:
         print(

@@ -2,12 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
+from hf_gradiend.adapter.control import set_strength
 from hf_gradiend.adapter.conversion import GradiendAdapter
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.cli.common import display_name, table
@@ -80,7 +77,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     for place in args.adapter:
         adapter = GradiendAdapter.from_pretrained(place)
         for strength in args.strength or [adapter.config.strength]:
-            with _carrying(adapter, model, strength):
+            with adapter.applied(model) as carrier:
+                set_strength(carrier, strength)
                 after = results(f"{display_name(place)} at strength {strength:g}")
             rows = [
                 row for one, other in zip(base, after, strict=True) for row in compared(one, other)
@@ -92,23 +90,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         _show(report)
         print(f"\nWrote {folder / 'evaluation.json'}")
     return {"output": str(Path(folder) / "evaluation.json"), **report}
-
-
-@contextmanager
-def _carrying(
-    adapter: GradiendAdapter, model: PreTrainedModel, strength: float
-) -> Iterator[PreTrainedModel]:
-    """Context in which the model carries an adapter at a strength.
-
-    Yields:
-        The model.
-    """
-    peft_model = adapter.apply_to(model)
-    try:
-        peft_model.set_strength(strength)  # pyright: ignore[reportCallIssue] - the tuner's
-        yield model
-    finally:
-        peft_model.unload()  # pyright: ignore[reportCallIssue]
 
 
 def _show(report: dict) -> None:

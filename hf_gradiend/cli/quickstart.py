@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if adapter is not None:
         say("\n4. Dialling the adapter's strength")
         report["adapter"] = {
-            "n_values": sum(values.bias.numel() for values in adapter.values.values()),
+            "n_values": adapter.config.n_values,
             "dtype": adapter.config.dtype,
             "bytes": (folder / "adapter" / ADAPTER_FILE).stat().st_size,
         }

@@ -10,7 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.adapter.conversion import GradiendAdapter
-from hf_gradiend.base_models import evaluation_mode, objective_of, pad_token_id_of
+from hf_gradiend.base_models import (
+    evaluation_mode,
+    objective_of,
+    pad_token_id_of,
+    trainability_kept,
+)
 from hf_gradiend.data.collation import TargetBatch, batches_by_length, collate, prepare_texts
 from hf_gradiend.data.templates import picture_prompts
 from hf_gradiend.errors import NumericalError
@@ -67,14 +72,15 @@ def measure_effect(
     read = prepare_texts(rows, processing_class, objective_of(base_model), words=("word",))
     pad = pad_token_id_of(processing_class)
     batches = [collate(group, pad) for group in batches_by_length(read, batch_size)]
-    flags = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
-    try:
-        base = _log_probabilities(base_model, batches)
-        true = _with(adapter.apply_to(base_model), base_model, batches)
-        export = _with(PeftModel.from_pretrained(base_model, export_dir), base_model, batches)
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
+    base = _log_probabilities(base_model, batches)
+    with adapter.applied(base_model):
+        true = _log_probabilities(base_model, batches)
+    with trainability_kept(base_model):
+        exported = PeftModel.from_pretrained(base_model, export_dir)
+        try:
+            export = _log_probabilities(base_model, batches)
+        finally:
+            exported.unload()
     return effect_of(base, true, export)
 
 
@@ -108,13 +114,3 @@ def _log_probabilities(model: PreTrainedModel, batches: Sequence[TargetBatch]) -
     with evaluation_mode(model):
         on_device = (batch.to(model.device) for batch in batches)
         return torch.cat([site_log_probabilities(model, batch).cpu() for batch in on_device])
-
-
-def _with(
-    wrapped: PeftModel, base_model: PreTrainedModel, batches: Sequence[TargetBatch]
-) -> Tensor:
-    """Log-probabilities of a base model that peft has put an adapter into; takes it out again."""
-    try:
-        return _log_probabilities(base_model, batches)
-    finally:
-        wrapped.unload()

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import cast
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.data.templates import (
@@ -180,8 +181,8 @@ def choose_gender_edit(
     shown = [
         {
             "occupation": name,
-            "before": _mean_of(shown_before, names, name),
-            "after": _mean_of(shown_after, names, name),
+            "before": mean_of(shown_before, names, name),
+            "after": mean_of(shown_after, names, name),
         }
         for name in dict.fromkeys(names)
     ]
@@ -309,7 +310,14 @@ def _rows(prompts: Dataset) -> list[dict[str, str]]:
     return cast("list[dict[str, str]]", list(prompts))  # datasets does not say what its rows are
 
 
-def _mean_of(probabilities, names: Sequence[str], name: str) -> dict[str, float]:  # noqa: ANN001
+def mean_of(probabilities: Tensor, names: Sequence[str], name: str) -> dict[str, float]:
+    """Mean P₊ and P₋ of the texts of one name.
+
+    Args:
+        probabilities: P₊ and P₋ of each text, `(texts, 2)`.
+        names: Name of each text.
+        name: Which to take.
+    """
     rows = [row for row, other in enumerate(names) if other == name]
     plus, minus = probabilities[rows].mean(0).tolist()
     return {"p_plus": plus, "p_minus": minus}

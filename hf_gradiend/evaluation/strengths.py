@@ -10,6 +10,7 @@ from hf_gradiend.adapter.control import set_strength
 from hf_gradiend.adapter.conversion import GradiendAdapter
 from hf_gradiend.data.templates import build_neutral_texts, picture_prompts
 from hf_gradiend.evaluation.decoder import EditProbe
+from hf_gradiend.evaluation.report import mean_of
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 
@@ -44,28 +45,15 @@ def measure_strengths(
     names = [row["occupation"] for row in rows]
     neutral = build_neutral_texts()["test"]["text"][:1]  # a probe wants some; they are not read
     probe = EditProbe(rows, words, neutral, base_model, processing_class)
-    trained = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
-    model = adapter.apply_to(base_model)
     measured: list[dict[str, object]] = []
-    try:
+    with adapter.applied(base_model) as model:
         bar = tqdm(strengths, desc="Dialling the strength", unit="strength", disable=not progress)
         for number in bar:
             set_strength(model, number)
             probabilities = probe.probabilities()
-            measured.append(
-                {"strength": number, "occupations": _by_occupation(names, probabilities)}
-            )
-    finally:
-        model.unload()
-        for parameter in trained:  # peft freezes them
-            parameter.requires_grad = True
+            means = [
+                {"occupation": name, **mean_of(probabilities, names, name)}
+                for name in dict.fromkeys(names)
+            ]
+            measured.append({"strength": number, "occupations": means})
     return measured
-
-
-def _by_occupation(names: Sequence[str], probabilities) -> list[dict[str, object]]:  # noqa: ANN001
-    means: list[dict[str, object]] = []
-    for name in dict.fromkeys(names):
-        rows = [row for row, other in enumerate(names) if other == name]
-        plus, minus = probabilities[rows].mean(0).tolist()
-        means.append({"occupation": name, "p_plus": plus, "p_minus": minus})
-    return means

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_gradiend.parameters import layer_of
 from hf_gradiend.plotting.common import Drawing, description, dot_legend, empty_figure
 
 if TYPE_CHECKING:
@@ -44,13 +45,9 @@ def _energy_shares(report: Mapping[str, Any]) -> dict[tuple[int | None, str], fl
     shares: dict[tuple[int | None, str], float] = {}
     for name, value in energy.items():
         if total:
-            key = (_layer_of(name), _kind_of(name))
+            key = (layer_of(name), _kind_of(name))
             shares[key] = shares.get(key, 0.0) + value / total
     return shares
-
-
-def _layer_of(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def _kind_of(name: str) -> str:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from hf_gradiend import plotting
 from hf_gradiend.errors import DataError
 from hf_gradiend.evaluation.decoder import choose_edit
+from hf_gradiend.parameters import layer_of
 from hf_gradiend.plotting import (
     common,
     encodings,
@@ -510,7 +511,7 @@ def test_an_energy_of_zero_everywhere_has_no_shares(report):
     ],
 )
 def test_a_weights_layer_and_kind_are_read_from_its_name(name, layer, kind):
-    assert (energy._layer_of(name), energy._kind_of(name)) == (layer, kind)
+    assert (layer_of(name), energy._kind_of(name)) == (layer, kind)
 
 
 # Strengths
