@@ -8,6 +8,7 @@ parameter's gradient.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from hf_gradiend.gradients.objectives import side_scores, target_log_probabiliti
 from hf_gradiend.parameters import ParameterSelection
 
 Consume = Callable[[str, Tensor], None]
+Key = TypeVar("Key")
 
 
 class GradientStream:
@@ -48,21 +50,56 @@ class GradientStream:
         Raises:
             NumericalError: If a loss is NaN or infinite.
             SelectionError: If no selected parameter lies on the way to the predictions.
-        """
+        """  # noqa: DOC502 - raised by what it calls
+        scores = self._scores(batch)
+        return self._finite({side: side_scores(scores, side).mean() for side in sides})
+
+    def word_losses(self, batch: TargetBatch) -> dict[int, Tensor]:
+        """Mean token loss over the batch for each of its words, from one forward pass.
+
+        Args:
+            batch: Texts with any number of words, on the model's device.
+
+        Returns:
+            For each word's number a scalar in nats, with its graph.
+
+        Raises:
+            NumericalError: If a loss is NaN or infinite.
+            SelectionError: If no selected parameter lies on the way to the predictions.
+        """  # noqa: DOC502 - raised by what it calls
+        return self._finite(dict(enumerate((-self._scores(batch)).mean(0).unbind())))
+
+    def _scores(self, batch: TargetBatch) -> Tensor:
         scores = target_log_probabilities(self.model, batch)
         if not scores.requires_grad:
             raise SelectionError(
                 f"Expected selected weights that the predictions depend on, but "
                 f"{type(self.model).__name__} does not use any of them at the slot. Select others."
             )
-        losses = {side: side_scores(scores, side).mean() for side in sides}
-        for side, loss in losses.items():
+        return scores
+
+    def _finite(self, losses: dict[Key, Tensor]) -> dict[Key, Tensor]:
+        for key, loss in losses.items():
             if not bool(torch.isfinite(loss)):
                 raise NumericalError(
-                    f"Expected a finite {side} loss, but got {loss.item()}. Check the base model's "
+                    f"Expected a finite {key} loss, but got {loss.item()}. Check the base model's "
                     f"weights, or load it in float32 instead of {self.model.dtype}."
                 )
         return losses
+
+    def backward_each(
+        self, losses: Mapping[Key, Tensor], consumer_of: Callable[[Key], Consume]
+    ) -> None:
+        """One backward pass for each loss of one forward pass.
+
+        Args:
+            losses: Scalars that share a graph; it is freed after the last.
+            consumer_of: What takes the gradients of a loss, by its key.
+        """
+        left = len(losses)
+        for key, loss in losses.items():
+            left -= 1
+            self.backward(loss, consumer_of(key), retain_graph=left > 0)
 
     def backward(self, loss: Tensor, consume: Consume, *, retain_graph: bool = False) -> None:
         """One backward pass; calls `consume(name, gradient)` once per selected parameter.
@@ -154,13 +191,14 @@ def gradients(
     }
     entries = {entry.name: entry for entry in selection}
     with gradient_stream(model, selection) as stream:
-        losses = stream.losses(batch, sides)
-        for number, (side, loss) in enumerate(losses.items()):
 
-            def keep(name: str, gradient: Tensor, held: dict[str, Tensor] = result[side]) -> None:
-                held[name] = entries[name].gather(gradient).float()
+        def keeper(side: str) -> Consume:
+            def keep(name: str, gradient: Tensor) -> None:
+                result[side][name] = entries[name].gather(gradient).float()
 
-            stream.backward(loss, keep, retain_graph=number < len(losses) - 1)
+            return keep
+
+        stream.backward_each(stream.losses(batch, sides), keeper)
     return result
 
 

@@ -54,10 +54,7 @@ class ClassMeans:
         adders: dict[str, list[Callable[[str, Tensor], None]]] = {side: [] for side in losses}
         adders[self.source].append(self._adder(self.direction, sign * share))
         adders[self.target].append(self._adder(self.target_means[sign], share))
-        remaining = len(losses)
-        for side, loss in losses.items():
-            remaining -= 1
-            stream.backward(loss, _all_of(adders[side]), retain_graph=remaining > 0)
+        stream.backward_each(losses, lambda side: _all_of(adders[side]))
         return {f"{side}_loss": loss.item() for side, loss in losses.items()}
 
     def to_decoder(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

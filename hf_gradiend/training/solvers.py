@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.collation import PreparedText, TargetBatch, collate
 from hf_gradiend.errors import NumericalError
-from hf_gradiend.gradients.backward import GradientStream
+from hf_gradiend.gradients.backward import Consume, GradientStream
 from hf_gradiend.gradients.forward import project_texts
 from hf_gradiend.gradients.objectives import side_scores
 from hf_gradiend.modeling_gradiend import GradiendModel
@@ -64,19 +64,32 @@ class TrainingProblem:
         return self.args.per_device_train_batch_size * self.world_size
 
     def parts_of(self, texts: tuple[PreparedText, ...]) -> Iterator[TargetBatch]:
-        """This process's share of a batch of texts, in parts of similar length.
+        """This process's share of a batch of texts, in parts of similar length."""
+        own = texts[self.rank :: self.world_size]
+        return padded_parts(own, self.pad_token_id, self.base_model.device)
 
-        A part holds at most `TOKENS_PER_PASS` tokens (or one text), so that little is padded and
-        the activations stay small however long the texts are. Together the parts are the share.
 
-        Yields:
-            Padded batches on the base model's device.
-        """
-        own = sorted(texts[self.rank :: self.world_size], key=lambda text: -text.length)
-        while own:
-            size = max(1, TOKENS_PER_PASS // own[0].length)
-            yield collate(own[:size], self.pad_token_id).to(self.base_model.device)
-            own = own[size:]
+def padded_parts(
+    texts: Sequence[PreparedText], pad_token_id: int, device: torch.device
+) -> Iterator[TargetBatch]:
+    """Texts in parts of similar length, each of one forward pass.
+
+    A part holds at most `TOKENS_PER_PASS` tokens (or one text), so that little is padded and the
+    activations stay small however long the texts are.
+
+    Args:
+        texts: Tokenised texts.
+        pad_token_id: Token id to pad with.
+        device: Where the batches are wanted.
+
+    Yields:
+        Padded batches, the longest texts first.
+    """
+    left = sorted(texts, key=lambda text: -text.length)
+    while left:
+        size = max(1, TOKENS_PER_PASS // left[0].length)
+        yield collate(left[:size], pad_token_id).to(device)
+        left = left[size:]
 
 
 class Solver(Protocol):
@@ -138,8 +151,8 @@ class ClosedFormSolver:
         scale, offset = self._calibrate()
         for direction in self.means.direction.values():
             direction.mul_(scale)
-        weight, bias = self.means.to_decoder()
-        return [build_gradiend(self.problem, self.means.direction, offset, weight, bias)]
+        encoder, decoder = (self.means.direction, offset), self.means.to_decoder()
+        return [build_gradiend(self.problem.selection, self.problem.config, encoder, decoder)]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The running means."""
@@ -233,39 +246,46 @@ class AdamWSolver:
         for held in self.values.values():
             for tensor in held.values():
                 tensor.zero_()
+
+        def adder(side: str) -> Consume:
+            def add(name: str, gradient: Tensor) -> None:
+                self.values[side][name].add_(entries[name].gather(gradient))
+
+            return add
+
         for part in self.problem.parts_of(batch.texts):
             losses = stream.losses(part, tuple(self.values))
             weight = part.n_texts / len(batch.texts)
-            for number, (side, loss) in enumerate(losses.items()):
-
-                def keep(
-                    name: str, gradient: Tensor, held: dict[str, Tensor] = self.values[side]
-                ) -> None:
-                    held[name].add_(entries[name].gather(gradient))
-
-                stream.backward(loss * weight, keep, retain_graph=number < len(losses) - 1)
+            stream.backward_each({side: loss * weight for side, loss in losses.items()}, adder)
         for held in self.values.values():
             for tensor in held.values():
                 self.problem.reduce(tensor)
 
 
 def build_gradiend(
-    problem: TrainingProblem,
-    encoder: Mapping[str, Tensor],
-    encoder_bias: float,
-    decoder: Mapping[str, Tensor],
-    decoder_bias: Mapping[str, Tensor],
+    selection: ParameterSelection,
+    config: GradiendConfig,
+    encoder: tuple[Mapping[str, Tensor], float],
+    decoder: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
 ) -> GradiendModel:
-    """A one-feature GRADIEND that takes over its tensors (selected values per name), no copy."""
-    state: dict[str, Tensor] = {"encoder.bias": torch.tensor([encoder_bias], dtype=torch.float32)}
-    for entry in problem.selection:
-        state[f"encoder.weight.{entry.name}"] = encoder[entry.name].unsqueeze(0)
-        state[f"decoder.weight.{entry.name}"] = decoder[entry.name].unsqueeze(0)
-        state[f"decoder.bias.{entry.name}"] = decoder_bias[entry.name]
+    """A one-feature GRADIEND that takes over its tensors (selected values per name), no copy.
+
+    Args:
+        selection: Its weights.
+        config: Its configuration.
+        encoder: W_e and b_e.
+        decoder: W_d and b_d.
+    """
+    weight, bias = decoder
+    state: dict[str, Tensor] = {"encoder.bias": torch.tensor([encoder[1]], dtype=torch.float32)}
+    for entry in selection:
+        state[f"encoder.weight.{entry.name}"] = encoder[0][entry.name].unsqueeze(0)
+        state[f"decoder.weight.{entry.name}"] = weight[entry.name].unsqueeze(0)
+        state[f"decoder.bias.{entry.name}"] = bias[entry.name]
         if entry.indices is not None:
             state[f"indices.{entry.name}"] = entry.indices
     with torch.device("meta"):
-        gradiend = GradiendModel(problem.config)
+        gradiend = GradiendModel(config)
     gradiend.load_state_dict(state, assign=True)
     return gradiend.eval()
 

@@ -30,7 +30,6 @@ from transformers.trainer_callback import (
 )
 
 from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id_of
-from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.collation import PreparedTexts, prepare_texts
 from hf_gradiend.data.loading import validate_feature_dataset
 from hf_gradiend.errors import ConfigError, DataError, NumericalError
@@ -40,9 +39,10 @@ from hf_gradiend.gradients.forward import project_texts
 from hf_gradiend.gradients.objectives import side_scores
 from hf_gradiend.metrics import pearson_correlation, sign_accuracy
 from hf_gradiend.modeling_gradiend import GradiendModel
-from hf_gradiend.parameters import ParameterSelection, select_parameters, selection_of
+from hf_gradiend.parameters import select_parameters, selection_of
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.pruning import aligned_means, prune, pruned_gradiend
+from hf_gradiend.training.setup import gradiend_config, words_of_classes
 from hf_gradiend.training.solvers import (
     AdamWSolver,
     ClosedFormSolver,
@@ -374,7 +374,13 @@ class GradiendTrainer:
         return TrainingProblem(
             base_model=self.base_model,
             selection=self.selection,
-            config=self._config(self.selection),
+            config=gradiend_config(
+                self.base_model,
+                self.selection,
+                self.args,
+                self.classes,
+                words_of_classes(self.train_dataset),
+            ),
             texts=texts or self.train_texts,
             pad_token_id=self._pad_token_id,
             args=self.args,
@@ -387,27 +393,6 @@ class GradiendTrainer:
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
-
-    def _config(self, selection: ParameterSelection) -> GradiendConfig:
-        words = {name: set() for name in self.classes}
-        for name, word in zip(
-            self.train_dataset["factual_class"], self.train_dataset["factual"], strict=True
-        ):
-            words[name].add(word)
-        base = self.base_model
-        return GradiendConfig(
-            parameters=selection.to_config(),
-            feature_classes=[self.classes],
-            feature_words={name: sorted(found) for name, found in words.items()},
-            source=self.args.source,
-            target=self.args.target,
-            objective=objective_of(base),
-            base_model_name_or_path=base.config._name_or_path or None,
-            base_model_revision=getattr(base.config, "_commit_hash", None),
-            base_model_class=type(base).__name__,
-            selection_fingerprint=selection.fingerprint,
-            decoder_initialization=self.args.decoder_initialization,
-        )
 
     # ---- files ----------------------------------------------------------------------------------
 
