@@ -13,8 +13,8 @@ import torch
 from transformers.utils import cached_file
 
 from hf_gradiend import GradiendAdapter, GradiendError, GradiendModel, load_base_model
-from hf_gradiend.evaluation.decoder import compared
-from hf_gradiend.evaluation.report import choose_gender_edit, is_gender, judging_probe
+from hf_gradiend.evaluation.probe import compared
+from hf_gradiend.evaluation.report import choose_gender_edit, edit_probes, is_gender
 from hf_gradiend.files import write_json
 from hf_gradiend.hub import push_debiased_model
 
@@ -55,7 +55,7 @@ def edit_of(gradiend: GradiendModel, base: tuple, args: Namespace) -> tuple[floa
 
 def judge(gradiend: GradiendModel, base: tuple) -> dict[str, object]:
     """What the edit does on the other half of the occupations, for report.json."""
-    probe = judging_probe(gradiend, *base)
+    _, probe = edit_probes(gradiend, *base)
     before = probe.read()
     with gradiend.edited(base[0]):  # the original bits come back afterwards
         after = probe.read()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from hf_gradiend import GradiendModel
+from hf_gradiend.evaluation.features import energy_by_layer
 from hf_gradiend.parameters import selection_of
 from hf_gradiend.plotting import plot_energy
 
@@ -26,19 +27,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def shares_by(energy: dict[str, float], group_of) -> dict[str, float]:  # noqa: ANN001 - a function
-    """Shares of the energy by group, the largest first."""
+def shares_by_kind(energy: dict[str, float]) -> dict[str, float]:
+    """Shares of the energy by kind of weight."""
     total = sum(energy.values())
     shares: dict[str, float] = defaultdict(float)
     for name, value in energy.items():
-        shares[group_of(name)] += value / total
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+        shares[kind_of(name)] += value / total
+    return shares
 
 
-def layer_of(name: str) -> str:
-    """The number of a weight's layer."""
-    found = LAYER.search(name)
-    return f"layer {found[1]}" if found else "outside of layers"
+def shares_by_layer(energy: dict[str, float]) -> dict[str, float]:
+    """Shares of the energy by layer."""
+    return {
+        "outside of layers" if layer is None else f"layer {layer}": share
+        for layer, share in energy_by_layer(energy).items()
+    }
 
 
 def kind_of(name: str) -> str:
@@ -47,10 +50,10 @@ def kind_of(name: str) -> str:
 
 
 def show(title: str, shares: dict[str, float]) -> None:
-    """Print shares with bars."""
+    """Print shares with bars, the largest first."""
     print(f"\n{title:32} share of the energy")
     longest = max(shares.values())
-    for name, share in shares.items():
+    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
         print(f"{name:32} {share:6.1%}  {'#' * round(30 * share / longest)}")
 
 
@@ -74,8 +77,8 @@ def main() -> None:
     gradiend = GradiendModel.from_pretrained(args.gradiend)
     energy = gradiend.energy_by_parameter()
     print(f"{gradiend.config.n_selected:,} weights in {len(energy)} parameters")
-    show("kind of weight", shares_by(energy, kind_of))
-    show("layer", shares_by(energy, layer_of))
+    show("kind of weight", shares_by_kind(energy))
+    show("layer", shares_by_layer(energy))
     print(
         f"\nlargest single weights of the decoder, of a norm of {sum(energy.values()) ** 0.5:.4g}"
     )

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gradiend  # noqa: F401 - makes the adapter's type known to peft
-from hf_gradiend.evaluation.decoder import spellings
+from hf_gradiend.evaluation.probe import spellings
 
 PROMPTS = [
     "The nurse was tired because",

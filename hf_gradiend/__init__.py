@@ -11,7 +11,7 @@ from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.loading import load_feature_dataset, load_neutral_texts
 from hf_gradiend.data.publishing import push_feature_dataset
 from hf_gradiend.errors import GradiendError
-from hf_gradiend.evaluation.decoder import choose_edit
+from hf_gradiend.evaluation.decoder import EditRule, choose_edit
 from hf_gradiend.evaluation.encoder import evaluate_encoder
 from hf_gradiend.hub import push_debiased_model
 from hf_gradiend.modeling_gradiend import GradiendModel
@@ -21,6 +21,7 @@ from hf_gradiend.training.trainer import GradiendTrainer
 from hf_gradiend.version import __version__ as __version__
 
 __all__ = [
+    "EditRule",
     "GradiendAdapter",
     "GradiendAdapterConfig",
     "GradiendConfig",

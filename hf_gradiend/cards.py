@@ -57,6 +57,7 @@ def render_card(kind: Kind, report: Report, repo_id: str) -> str:
         origin=_origin(report),
         encoder=_encoder(report),
         edit=_edit(report, names) if report["edit"] else "",
+        benchmarks=_benchmarks(report),
         adapter=_adapter(report, names),
         energy=_energy(report),
         limitations=_limitations(report),
@@ -171,7 +172,7 @@ def _results(kind: Kind, report: Report, task: str) -> list[EvalResult]:
             "neutral texts" if measure == "lm_score" else probed,
             "judge",
         )
-        for measure, label, more_is_better in MEASURES
+        for measure, label, more_is_better in _measures(report)
         if more_is_better is not None
     ]
 
@@ -235,9 +236,14 @@ def _encoder(report: Report) -> str:
     )
 
 
+def _measures(report: Report) -> list[tuple[str, str, bool | None]]:
+    """The measures that the report compares: one that was 0 before the edit has no ratio."""
+    return [row for row in MEASURES if row[0] in report["intervals"]]
+
+
 def _edit(report: Report, names: Mapping[str, str]) -> str:
     rows = [("measure", "n", "before", "after", "after / before")]
-    for measure, label, _ in MEASURES:
+    for measure, label, _ in _measures(report):
         found = report["intervals"][measure]
         before, after, ratio = (_estimate(found[when]) for when in ("before", "after", "ratio"))
         rows.append((label.format_map(names), str(found["before"]["n"]), before, after, ratio))
@@ -255,7 +261,7 @@ def _edit(report: Report, names: Mapping[str, str]) -> str:
 def _worse(report: Report) -> str:
     """What got worse beyond doubt, and what cannot be told."""
     worse, unclear = [], []
-    for measure, label, more_is_better in MEASURES:
+    for measure, label, more_is_better in _measures(report):
         ratio = report["intervals"][measure]["ratio"]
         name = label.partition(" (")[0]
         if more_is_better is not None and ratio["low"] <= 1.0 <= ratio["high"]:
@@ -266,6 +272,41 @@ def _worse(report: Report) -> str:
     if unclear:
         told += f" Whether it changed cannot be told from these texts: {', '.join(unclear)}."
     return told
+
+
+def _benchmarks(report: Report) -> str:
+    """Base model against edited ones on published benchmarks, where the report has them."""
+    evaluation = report.get("evaluation")
+    if evaluation is None or not evaluation["edited"]:
+        return ""
+    limit = evaluation["limit"]
+    return _filled(
+        "parts/benchmarks",
+        limit="" if limit is None else f", at most {limit:,} of each",
+        tables="\n\n".join(_benchmarks_of(edit) for edit in evaluation["edited"]),
+        papers="; ".join(f"{name}: {paper}" for name, paper in evaluation["papers"].items()),
+    )
+
+
+def _benchmarks_of(edit: Report) -> str:
+    rows: list[Sequence[str]] = [
+        ("benchmark", "measure", "best", "n", "base model", "edited", "change", "verdict")
+    ]
+    for row in edit["rows"]:
+        best = row["best"] if isinstance(row["best"], str) else _best(row["best"])
+        estimates = (_estimate(row[when]) for when in ("before", "after", "change"))
+        n = f"{row['change']['n']:,}"
+        rows.append((row["benchmark"], row["measure"], best, n, *estimates, row["verdict"]))
+    return _filled(
+        "parts/benchmarks_edit",
+        label=edit["label"],
+        table=_table(rows),
+        told=" ".join(edit["told"]),
+    )
+
+
+def _best(best: float | None) -> str:
+    return "–" if best is None else f"{best:g}"
 
 
 def _adapter(report: Report, names: Mapping[str, str]) -> str:
@@ -320,7 +361,10 @@ def _energy(report: Report) -> str:
 
 def _limitations(report: Report) -> str:
     parts = ["gender"] * _is_gender(report) + ["texts"] + ["edit"] * bool(report["edit"])
-    return "\n".join(_filled(f"parts/limitations_{part}") for part in parts)
+    unseen = (
+        "" if report.get("evaluation") else ", and other biases and abilities were not looked at"
+    )
+    return "\n".join(_filled(f"parts/limitations_{part}", unseen=unseen) for part in parts)
 
 
 def _estimate(estimate: Report) -> str:

@@ -59,6 +59,12 @@ def split_of(data: DatasetDict, split: str) -> Dataset:
     return data[split]
 
 
+def held_out(data: DatasetDict) -> dict[str, Dataset]:
+    """The splits that nothing was learned from; where there is none, the training split."""
+    found = {name: data[name] for name in ("validation", "test") if name in data}
+    return found or {"train": split_of(data, "train")}
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as aligned columns; the first row is the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

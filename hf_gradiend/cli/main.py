@@ -9,10 +9,21 @@ from collections.abc import Sequence
 from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
-from hf_gradiend.cli import adapt, encode, evaluate, export, push, quickstart, train
+from hf_gradiend.cli import (
+    adapt,
+    compare,
+    decode,
+    encode,
+    evaluate,
+    export,
+    join,
+    push,
+    quickstart,
+    train,
+)
 from hf_gradiend.errors import GradiendError
 
-COMMANDS = (quickstart, train, encode, evaluate, adapt, export, push)
+COMMANDS = (quickstart, train, join, encode, decode, compare, evaluate, adapt, export, push)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if args.json:
         transformers_logging.disable_progress_bar()
         datasets_logging.disable_progress_bar()

@@ -115,6 +115,44 @@ def load_neutral_texts(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         DataError: If the data cannot be read, hold no text, or hold one with the slot `[TARGET]`.
     """
+    texts = _texts(path)
+    slotted = [_excerpt(text) for text in texts if TARGET_SLOT in text]
+    if slotted:
+        raise DataError(
+            f"Expected neutral texts without the slot {TARGET_SLOT}, but got {_listed(slotted)}."
+        )
+    return texts
+
+
+def load_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """Reads texts with a slot that leave the class open, to choose and judge an edit on.
+
+    Args:
+        path: As in `load_neutral_texts`.
+
+    Returns:
+        The texts of all splits, in order.
+
+    Raises:
+        DataError: If the data cannot be read, hold fewer than two texts, or one without the slot
+            `[TARGET]`.
+    """
+    texts = _texts(path)
+    without = [_excerpt(text) for text in texts if TARGET_SLOT not in text]
+    if without or len(texts) < 2:
+        raise DataError(
+            f"Expected two or more texts with the slot {TARGET_SLOT} in {str(path)!r}, but got "
+            f"{_listed(without) or 'one'}."
+        )
+    return texts
+
+
+def _texts(path: str | os.PathLike[str]) -> list[str]:
+    """The texts that are not blank, of all splits; at least one.
+
+    Raises:
+        DataError: If there is none.
+    """
     if Path(path).suffix == ".txt":
         lines = _text_lines(Path(path).expanduser())
     else:
@@ -126,14 +164,9 @@ def load_neutral_texts(path: str | os.PathLike[str]) -> list[str]:
         ]
     texts = [line for line in lines if line is not None and line.strip()]
     if not texts:
-        raise DataError(f"Expected at least one neutral text in {str(path)!r}, but it is empty.")
+        raise DataError(f"Expected at least one text in {str(path)!r}, but it is empty.")
     if len(texts) < len(lines):
         logger.warning("Blank texts left out of %s: %d.", path, len(lines) - len(texts))
-    slotted = [_excerpt(text) for text in texts if TARGET_SLOT in text]
-    if slotted:
-        raise DataError(
-            f"Expected neutral texts without the slot {TARGET_SLOT}, but got {_listed(slotted)}."
-        )
     return texts
 
 

@@ -1,68 +1,94 @@
-"""What an edit does to the words at a slot, and the choice of the edit."""
+"""The choice of an edit: what is asked of it, and the search for the one that does it best."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradiend.base_models import evaluation_mode, objective_of, pad_token_id_of
-from hf_gradiend.data.collation import batches_by_length, collate, prepare_texts
 from hf_gradiend.edits import WeightEditor
-from hf_gradiend.errors import DataError, NumericalError
-from hf_gradiend.evaluation.language_model import LanguageModelProbe
-from hf_gradiend.gradients.objectives import site_log_probabilities
-from hf_gradiend.metrics import Estimate, bootstrap
+from hf_gradiend.errors import ConfigError, NumericalError
+from hf_gradiend.evaluation.probe import EditMeasures, EditProbe
 from hf_gradiend.modeling_gradiend import GradiendModel
+
+Criterion = Literal["imbalance", "bpi", "fpi", "mpi", "several_class_index"]
+CRITERIA: tuple[Criterion, ...] = ("imbalance", "bpi", "fpi", "mpi", "several_class_index")
+RuleName = Literal["limits", "product"]
+
+Edit = tuple[float, float]  # h, α
 
 
 @dataclass(frozen=True)
-class EditMeasures:
-    """What a model says at slots that do not determine the class, and how well it models language.
+class EditRule:
+    """What is asked of an edit.
 
     Args:
-        imbalance: Mean |P₊ − P₋| / (P₊ + P₋), in [0, 1]; 0 is balanced. A text at which both are 0
-            counts as 1.
-        mass: Mean P₊ + P₋, in [0, 1].
-        p_plus: Mean probability P₊ of the + class's words.
-        p_minus: Mean probability P₋ of the − class's words.
-        lm_score: Language-model score on neutral text, in [0, 1]; higher is better.
-        bpi: Balanced index LMS · mean[(1 − |P₊ − P₋|)(P₊ + P₋)], in [0, 1]; higher is more
-            balanced.
-        fpi: + class index LMS · mean[(1 − P₋) · P₊], in [0, 1].
-        mpi: − class index LMS · mean[(1 − P₊) · P₋], in [0, 1].
+        criterion: What to better: `"imbalance"` or `"bpi"` balances two classes,
+            `"several_class_index"` more, `"fpi"` strengthens the + class and `"mpi"` the − class.
+        rule: `"limits"` looks for the best criterion (without its factor LMS) among the edits that
+            keep the limits below. `"product"` takes the paper's product of LMS and the rest, with
+            no limit.
+        lm_floor: Least language-model score, relative to the base model's.
+        mass_floor: Least probability mass of the classes' words, likewise.
+
+    Raises:
+        ConfigError: If there is no such criterion or rule, or imbalance is to be multiplied.
 
     References:
-        Drechsel and Herbold (2025), https://arxiv.org/abs/2502.01406, section 5 (BPI, FPI, MPI).
+        Drechsel and Herbold (2025), https://arxiv.org/abs/2502.01406, section 5 (the product).
     """
 
-    imbalance: float
-    mass: float
-    p_plus: float
-    p_minus: float
-    lm_score: float
-    bpi: float
-    fpi: float
-    mpi: float
+    criterion: Criterion = "imbalance"
+    rule: RuleName = "limits"
+    lm_floor: float = 0.99
+    mass_floor: float = 0.75
 
-    @classmethod
-    def of(cls, probabilities: Tensor, lm_score: float) -> "EditMeasures":
-        """Measures from probabilities `(texts, 2)` of the + and − class and the LM score."""
-        plus, minus = probabilities.double().unbind(1)
-        mass = plus + minus
-        return cls(
-            # 0/0 would be NaN, which compares as better than everything.
-            imbalance=float(((plus - minus).abs() / mass).masked_fill(mass == 0, 1.0).mean()),
-            mass=float(mass.mean()),
-            p_plus=float(plus.mean()),
-            p_minus=float(minus.mean()),
-            lm_score=lm_score,
-            bpi=lm_score * float(((1 - (plus - minus).abs()) * mass).mean()),
-            fpi=lm_score * float(((1 - minus) * plus).mean()),
-            mpi=lm_score * float(((1 - plus) * minus).mean()),
-        )
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA or self.rule not in {"limits", "product"}:
+            raise ConfigError(
+                f"Expected a criterion of {', '.join(CRITERIA)} and the rule limits or product, "
+                f"but got {self.criterion!r} and {self.rule!r}."
+            )
+        if self.criterion == "imbalance" and self.rule == "product":
+            raise ConfigError(
+                "Expected the rule limits for imbalance, which has no product with the "
+                "language-model score. Choose bpi for the paper's."
+            )
+
+    @property
+    def name(self) -> str:
+        """For tables and progress bars: the criterion, and how it is weighed."""
+        return f"{self.criterion}, {self.rule}"
+
+    @property
+    def balances(self) -> bool:
+        """Whether the classes are to be made alike, not one of them stronger."""
+        return self.criterion not in {"fpi", "mpi"}
+
+    def value(self, measures: EditMeasures) -> float:
+        """How good an edit with these measures is; higher is better.
+
+        An index of a model whose language-model score is 0 is 0.
+        """
+        if self.criterion == "imbalance":
+            return -measures.imbalance
+        index = float(getattr(measures, self.criterion))
+        if self.rule == "product":
+            return index
+        return index / measures.lm_score if measures.lm_score else 0.0
+
+    def allows_mass(self, measures: EditMeasures, before: EditMeasures) -> bool:
+        """Whether an edit keeps the limit of the probability mass."""
+        return self.rule == "product" or measures.mass >= self.mass_floor * before.mass
+
+    def allows(self, measures: EditMeasures, before: EditMeasures) -> bool:
+        """Whether an edit keeps all limits."""
+        keeps_lm = self.rule == "product" or measures.lm_score >= self.lm_floor * before.lm_score
+        return keeps_lm and self.allows_mass(measures, before)
+
+
+BALANCE = EditRule()
 
 
 @dataclass(frozen=True)
@@ -85,14 +111,15 @@ class EditChoice:
     """The chosen edit.
 
     Args:
+        rule: What was asked of it.
         feature_factor: h of the edit.
         step_size: α of the edit.
         before: The base model on the texts of the choice.
         after: The edited model on the same texts.
-        tried: The edits that were measured in full, in order: each was better than the best
-            before it.
+        tried: The edits that were measured in full, in order.
     """
 
+    rule: EditRule
     feature_factor: float
     step_size: float
     before: EditMeasures
@@ -100,236 +127,182 @@ class EditChoice:
     tried: list[EditPoint]
 
 
-class EditProbe:
-    """Slots and neutral texts, tokenised once, on which any number of edits are measured.
+class EditMeter:
+    """A base model measured under one edit after the other; each is measured once.
+
+    Edits are applied in place; leaving the context undoes them bit for bit.
 
     Args:
-        prompts: Rows with `text`, whose slot does not determine the class.
-        words: The words of the + class and those of the − class.
-        neutral_texts: Texts for the language-model score.
-        base_model: Base model (for its objective).
-        processing_class: Its tokenizer.
-        batch_size: Prompts per forward pass.
+        gradiend: GRADIEND of one feature.
+        probe: Texts to measure on.
 
     Raises:
-        DataError: If a class has no word that is a single token.
+        CompatibilityError: If the GRADIEND was made for another base model.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Mapping[str, str]],
-        words: tuple[Sequence[str], Sequence[str]],
-        neutral_texts: Sequence[str],
-        base_model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase,
-        *,
-        batch_size: int = 32,
-    ) -> None:
-        self.model = base_model
-        objective = objective_of(base_model)
-        self.token_ids = [spellings(group, processing_class) for group in words]
-        rows = [{"text": row["text"], "word": words[0][0]} for row in prompts]
-        texts = prepare_texts(rows, processing_class, objective, words=("word",))
-        self.n_texts = texts.n_rows
-        self.rows_read = [text.index for text in texts]
-        self.batches = [
-            ([text.index for text in group], collate(group, pad_token_id_of(processing_class)))
-            for group in batches_by_length(texts, batch_size)
-        ]
-        self.language = LanguageModelProbe(neutral_texts, processing_class, objective)
+    def __init__(self, gradiend: GradiendModel, probe: EditProbe) -> None:
+        if gradiend.config.n_features != 1:
+            raise ConfigError(
+                f"Expected a GRADIEND of one feature to choose an edit of, but it has "
+                f"{gradiend.config.n_features}. Choose with the GRADIENDs that it was joined from."
+            )
+        self.gradiend, self.probe = gradiend, probe
+        self.before = probe.measure()
+        self._editor = WeightEditor(gradiend, probe.model)
+        self._rough: dict[Edit, EditMeasures | None] = {}
+        self._full: dict[Edit, EditMeasures | None] = {}
+        self._applied: Edit | None = None
+
+    def __enter__(self) -> "EditMeter":
+        self._editor.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._applied = None
+        self._editor.__exit__(*error)
+
+    def rough(self, edit: Edit) -> EditMeasures | None:
+        """The measures with a language-model score of 1, which is the dearer half to know.
+
+        Returns:
+            `None` if the edit breaks the model.
+        """
+        if edit not in self._rough:
+            self._apply(edit)
+            try:
+                self._rough[edit] = EditMeasures.of(self.probe.probabilities(), 1.0)
+            except NumericalError:
+                self._rough[edit] = None
+        return self._rough[edit]
+
+    def full(self, edit: Edit) -> EditMeasures | None:
+        """All measures; `None` if the edit breaks the model."""
+        if edit not in self._full:
+            rough = self.rough(edit)
+            self._full[edit] = None if rough is None else self._with_lm_score(edit, rough)
+        return self._full[edit]
+
+    def _with_lm_score(self, edit: Edit, rough: EditMeasures) -> EditMeasures | None:
+        self._apply(edit)
+        try:
+            lm_score = self.probe.language.score(self.probe.model)
+        except NumericalError:
+            return None
+        return rough.with_lm_score(lm_score)
+
+    def _apply(self, edit: Edit) -> None:
+        if edit != self._applied:
+            self._editor.apply(*edit)
+            self._applied = edit
 
     @torch.no_grad()
-    def probabilities(self) -> Tensor:
-        """P₊ and P₋ at the slot of every text, `(texts, 2)` float32 on the CPU; mean over slots.
+    def step_size_of(self, share: float, feature_factor: float) -> float:
+        """Step size at which the update has this share of the selected weights' norm.
 
-        Texts without room for their target are left out.
+        Args:
+            share: Norm of the update over norm of the weights.
+            feature_factor: h.
 
-        Raises:
-            NumericalError: If a probability is NaN.
+        Returns:
+            α > 0; the share itself where the update is 0.
         """
-        found = torch.full((self.n_texts, 2), torch.nan)
-        with evaluation_mode(self.model):
-            for indices, batch in self.batches:
-                on_device = batch.to(self.model.device)
-                probability = site_log_probabilities(self.model, on_device).exp()
-                masses = torch.stack([probability[:, ids].sum(1) for ids in self.token_ids], 1)
-                weighted = masses[on_device.term_sites] * on_device.term_weights[:, None]
-                sums = masses.new_zeros(batch.n_texts, 2)
-                sums.index_add_(0, on_device.term_outputs, weighted)
-                found[indices] = sums.cpu()
-        read = found[self.rows_read]
-        if not bool(torch.isfinite(read).all()):
-            raise NumericalError("Expected finite probabilities at the slots, but got NaN.")
-        return read
-
-    def measure(self) -> EditMeasures:
-        """Measures of the model as its weights stand now."""
-        return self.read().measures
-
-    def read(self) -> "ProbeReading":
-        """What the model says as its weights stand now, text by text."""
-        return ProbeReading(
-            self.probabilities(), self.language.sums_by_text(self.model), self.language
+        weights = sum(float(t.float().square().sum()) for t in self._editor.originals.values())
+        update = sum(
+            float(value.square().sum()) for value in self.gradiend.decode(feature_factor).values()
         )
-
-
-@dataclass(frozen=True, eq=False)
-class ProbeReading:
-    """What one model said on a probe's texts.
-
-    Args:
-        probabilities: P₊ and P₋ at the slots, `(texts, 2)`.
-        language_sums: As `LanguageModelProbe.sums_by_text` gives them, `(neutral texts, 2)`.
-        language: The probe of neutral texts.
-    """
-
-    probabilities: Tensor
-    language_sums: Tensor
-    language: LanguageModelProbe
-
-    @property
-    def measures(self) -> EditMeasures:
-        """The measures of all texts."""
-        return EditMeasures.of(self.probabilities, self.language.score_of(self.language_sums))
-
-    def value(self, name: str, texts: Tensor) -> float:
-        """One measure on a resample: of neutral texts for `"lm_score"`, else of the slots."""
-        if name == "lm_score":
-            return self.language.score_of(self.language_sums[texts])
-        return getattr(EditMeasures.of(self.probabilities[texts], 1.0), name)
-
-    def n_texts(self, name: str) -> int:
-        """Number of texts that a measure is taken on."""
-        return len(self.language_sums) if name == "lm_score" else len(self.probabilities)
-
-
-def compared(before: ProbeReading, after: ProbeReading) -> dict[str, dict[str, Estimate]]:
-    """Each measure before and after with its 95 % interval, and the ratio on the same resamples.
-
-    Args:
-        before: Reading of one model.
-        after: Reading of another on the same probe.
-
-    Returns:
-        For `imbalance`, `mass`, `p_plus`, `p_minus` and `lm_score` the estimates `before`, `after`
-        and `ratio` (after / before, paired by text).
-    """
-    found: dict[str, dict[str, Estimate]] = {}
-    for name in ("imbalance", "mass", "p_plus", "p_minus", "lm_score"):
-        n = before.n_texts(name)
-        found[name] = {
-            "before": bootstrap(lambda texts, name=name: before.value(name, texts), n),
-            "after": bootstrap(lambda texts, name=name: after.value(name, texts), n),
-            "ratio": bootstrap(lambda texts, name=name: _ratio(before, after, name, texts), n),
-        }
-    return found
-
-
-def _ratio(before: ProbeReading, after: ProbeReading, name: str, texts: Tensor) -> float:
-    base = before.value(name, texts)
-    if base == 0.0:
-        raise ValueError(f"Expected a {name} above 0 before the edit.")
-    return after.value(name, texts) / base
-
-
-def spellings(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of all tokens that spell one of the words: with and without space, any capitals.
-
-    Args:
-        words: Words of one class.
-        tokenizer: Tokenizer of the base model.
-
-    Raises:
-        DataError: If no token spells any of them.
-    """
-    wanted = {word.strip().casefold() for word in words}
-    ids = list(range(len(tokenizer)))
-    found = [
-        i
-        for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True)
-        if text.strip().casefold() in wanted
-    ]
-    if not found:
-        raise DataError(
-            f"Expected a class with a word that is a single token of this tokenizer, but none of "
-            f"{sorted(wanted)} is."
-        )
-    return found
+        return share * (weights / update) ** 0.5 if update else share
 
 
 def choose_edit(
     gradiend: GradiendModel,
     probe: EditProbe,
+    rule: EditRule = BALANCE,
     *,
-    lm_floor: float = 0.99,
-    mass_floor: float = 0.75,
     max_trials: int = 48,
     progress: bool = True,
 ) -> EditChoice | None:
-    """The edit (h, α) with the least imbalance that keeps the model's abilities.
+    """The edit (h, α) that does best what is asked, by a bracketed search.
 
-    A bracketed search: α doubles, with either sign at h = 0, from 1e-5 of the weights' norm until a
-    limit is broken or it no longer helps; from the best point a compass search over log|α| and h
-    halves its steps until they are small. Edits are applied in place and undone bit for bit.
+    α doubles, with either sign, from 1e-5 of the weights' norm until a limit is broken or it no
+    longer helps: at h = 0 for balance, at h = ±1 for a class to strengthen. From the best point a
+    compass search over log|α| and h halves its steps until they are small. Edits are applied in
+    place and undone bit for bit.
 
     Args:
         gradiend: GRADIEND of one feature.
         probe: Texts to choose on; judge the edit on others.
-        lm_floor: Least language-model score, relative to the base model's.
-        mass_floor: Least probability mass of the two classes' words, likewise.
+        rule: What is asked of the edit; by default the least imbalance with 99 % of the
+            language-model score and 75 % of the probability mass.
         max_trials: Largest number of edits to try.
         progress: Show a progress bar.
 
     Returns:
-        The chosen edit; `None` if no edit within the limits is better than the base model.
+        The chosen edit; `None` if no edit that is allowed is better than the base model.
 
     Raises:
         CompatibilityError: If the GRADIEND was made for another base model.
         NumericalError: If the GRADIEND or the base model holds NaN.
     """  # noqa: DOC502 - raised by what it calls
-    before = probe.measure()
     with (
-        WeightEditor(gradiend, probe.model) as editor,
+        EditMeter(gradiend, probe) as meter,
         tqdm(total=max_trials, desc="Choosing the edit", unit="edit", disable=not progress) as bar,
     ):
-        search = _EditSearch(
-            probe,
-            editor,
-            before,
-            (lm_floor * before.lm_score, mass_floor * before.mass),
-            max_trials,
-            bar,
-        )
-        search.run(_first_step(gradiend, editor))
-    best = search.best
-    if best is None:
-        return None
-    return EditChoice(best.feature_factor, best.step_size, before, best.measures, search.tried)
+        search = EditSearch(meter, rule, max_trials, bar)
+        # Where b_d is 0, dec(0) is 0 and only other h do anything.
+        factors = (0.0,) if rule.balances and _has_bias(gradiend) else (1.0, -1.0)
+        for h in factors:
+            first = meter.step_size_of(1e-5, h)
+            for sign in (+1.0, -1.0):
+                search.bracket(h, sign * first)
+        search.refine()
+    return search.choice()
 
 
-class _EditSearch:
-    """State of one `choose_edit`: the best edit so far and what is left of the budget."""
+def _has_bias(gradiend: GradiendModel) -> bool:
+    return any(bool(gradiend.decoder.bias.at(name).any()) for name in gradiend.names)
 
-    def __init__(
-        self,
-        probe: EditProbe,
-        editor: WeightEditor,
-        before: EditMeasures,
-        floors: tuple[float, float],
-        max_trials: int,
-        bar: tqdm,
-    ) -> None:
-        self.probe, self.editor, self.before = probe, editor, before
-        self.lm_floor, self.mass_floor = floors
+
+class EditSearch:
+    """The best edit so far under one rule, and what is left of the budget.
+
+    Args:
+        meter: Measures the edits.
+        rule: What is asked.
+        max_trials: Largest number of edits to try.
+        bar: Progress bar, moved by one per edit.
+    """
+
+    def __init__(self, meter: EditMeter, rule: EditRule, max_trials: int, bar: tqdm) -> None:
+        self.meter, self.rule, self.bar = meter, rule, bar
         self.left = max_trials
-        self.bar = bar
         self.best: EditPoint | None = None
         self.tried: list[EditPoint] = []
-        self.seen: set[tuple[float, float]] = set()
+        self.seen: set[Edit] = set()
 
-    def run(self, first_step: float) -> None:
-        for sign in (+1.0, -1.0):
-            self._bracket(sign * first_step)
+    def bracket(self, feature_factor: float, step_size: float) -> None:
+        """Double the step for as long as it helps; twice in a row it may not."""
+        # Each bracket has to beat its own last step, not the best of a bracket before it.
+        failed, last = 0, self.meter.before
+        while self.left and failed < 2:
+            edit = feature_factor, step_size
+            self.attempt(edit)
+            measures = self._helpful(edit, last)
+            failed = failed + 1 if measures is None else 0
+            last = measures or last
+            step_size *= 2.0
+
+    def _helpful(self, edit: Edit, last: EditMeasures) -> EditMeasures | None:
+        """Measures of an edit that is allowed and better than another; `None` for any other."""
+        rough = self.meter.rough(edit)
+        if rough is None or self.rule.value(rough) <= self.rule.value(last):
+            return None
+        found = self.meter.full(edit)
+        if found is None or not self.rule.allows(found, self.meter.before):
+            return None
+        return found if self.rule.value(found) > self.rule.value(last) else None
+
+    def refine(self) -> None:
+        """Compass search over h and log|α| around the best edit."""
         log_step, h_step = 0.5, 0.1
         while self.best is not None and self.left and h_step > 0.01:
             h, alpha = self.best.feature_factor, self.best.step_size
@@ -339,53 +312,45 @@ class _EditSearch:
                 (h, alpha * 2**log_step),
                 (h, alpha * 2**-log_step),
             )
-            if not any(self.left and abs(h) <= 1.0 and self.attempt(h, a) for h, a in neighbours):
+            if not any(self.left and abs(e[0]) <= 1.0 and self.attempt(e) for e in neighbours):
                 log_step, h_step = log_step / 2, h_step / 2
 
-    def _bracket(self, step: float) -> None:
-        """Double the step at h = 0 for as long as it helps; twice in a row it may not."""
-        failed = 0
-        while self.left and failed < 2:
-            failed = 0 if self.attempt(0.0, step) else failed + 1
-            step *= 2.0
-
-    def attempt(self, h: float, alpha: float) -> bool:
-        """Try an edit; whether it is within the limits and the best so far."""
-        if (h, alpha) in self.seen:
+    def attempt(self, edit: Edit) -> bool:
+        """Try an edit; whether it is allowed and the best so far."""
+        if edit in self.seen:
             return False
-        self.seen.add((h, alpha))
+        self.seen.add(edit)
         self.left -= 1
         self.bar.update()
-        self.editor.apply(h, alpha)
-        try:
-            return self._is_better(h, alpha)
-        except NumericalError:  # an edit that breaks the model is out of the limits
+        # Only an edit that would win needs its language-model score.
+        rough = self.meter.rough(edit)
+        if rough is None or not self._wins(rough):
             return False
+        return self.take(edit)
 
-    def _is_better(self, h: float, alpha: float) -> bool:
-        probabilities = self.probe.probabilities()
-        rough = EditMeasures.of(probabilities, self.before.lm_score)
-        best = self.before if self.best is None else self.best.measures
-        # The language-model score is the dearer half: only an edit that would win needs it.
-        if rough.imbalance >= best.imbalance or rough.mass < self.mass_floor:
+    def take(self, edit: Edit) -> bool:
+        """Measure an edit in full; whether it is allowed and the best so far."""
+        measures = self.meter.full(edit)
+        if measures is None:
             return False
-        lm_score = self.probe.language.score(self.probe.model)
-        point = EditPoint(h, alpha, EditMeasures.of(probabilities, lm_score))
+        point = EditPoint(*edit, measures)
         self.tried.append(point)
-        if lm_score < self.lm_floor:
+        if not self._wins(measures) or not self.rule.allows(measures, self.meter.before):
             return False
         self.best = point
         return True
 
+    def _wins(self, measures: EditMeasures) -> bool:
+        best = self.meter.before if self.best is None else self.best.measures
+        better = self.rule.value(measures) > self.rule.value(best)
+        return better and self.rule.allows_mass(measures, self.meter.before)
 
-def _first_step(gradiend: GradiendModel, editor: WeightEditor) -> float:
-    """Step size at which the update has 1e-5 of the selected weights' norm."""
-    weights = sum(float(t.float().square().sum()) for t in editor.originals.values())
-    update = sum(
-        float(gradiend.decoder.bias.at(name).detach().float().square().sum())
-        for name in gradiend.names
-    )
-    return 1e-5 * (weights / update) ** 0.5 if update else 1e-5
+    def choice(self) -> EditChoice | None:
+        """The best edit; `None` if none is better than the base model."""
+        if self.best is None:
+            return None
+        h, alpha, measures = self.best.feature_factor, self.best.step_size, self.best.measures
+        return EditChoice(self.rule, h, alpha, self.meter.before, measures, self.tried)
 
 
 def sweep(
@@ -406,18 +371,24 @@ def sweep(
         progress: Show a progress bar.
 
     Returns:
-        One point per combination, step sizes running fastest.
+        One point per combination, step sizes running fastest; none for an edit that breaks the
+        model.
     """
+    with EditMeter(gradiend, probe) as meter:
+        return measured(meter, [(h, a) for h in feature_factors for a in step_sizes], progress)
+
+
+def measured(meter: EditMeter, edits: Iterable[Edit], progress: bool) -> list[EditPoint]:  # noqa: FBT001
+    """All measures of some edits, without those that break the model."""
     points: list[EditPoint] = []
-    grid = [(h, alpha) for h in feature_factors for alpha in step_sizes]
-    with WeightEditor(gradiend, probe.model) as editor:
-        for h, alpha in tqdm(grid, desc="Sweeping edits", unit="edit", disable=not progress):
-            editor.apply(h, alpha)
-            points.append(EditPoint(h, alpha, probe.measure()))
+    for edit in tqdm(list(edits), desc="Sweeping edits", unit="edit", disable=not progress):
+        measures = meter.full(edit)
+        if measures is not None:
+            points.append(EditPoint(*edit, measures))
     return points
 
 
-def flat(point: EditPoint) -> dict[str, float]:
+def flat(point: EditPoint) -> dict[str, Any]:
     """A point as one flat dictionary, for tables and JSON."""
     content = asdict(point)
     return {**content.pop("measures"), **content}

@@ -8,6 +8,7 @@ alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,8 +66,7 @@ class Likelihoods:
         progress: Show progress bars.
 
     Raises:
-        DataError: If a masked model's tokenizer has no mask token, or a causal one's neither a
-            beginning-of-sequence nor an end-of-sequence token.
+        BaseModelError: If the model has no language-model head.
     """
 
     def __init__(
@@ -80,25 +80,37 @@ class Likelihoods:
         self.model, self.tokenizer, self.progress = model, tokenizer, progress
         self.objective = objective_of(model)
         self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH[self.objective]
-        special = tokenizer.mask_token_id
+
+    @cached_property
+    def special_id(self) -> int:
+        """The mask token, or the token before a causal model's text, whose first token it predicts.
+
+        Raises:
+            DataError: If a masked model's tokenizer has no mask token, or a causal one's neither a
+                beginning-of-sequence nor an end-of-sequence token.
+        """
+        special = self.tokenizer.mask_token_id
         if self.objective == "causal":
-            # The first token is scored as well: after the token that begins (or ends) a document.
-            special = tokenizer.bos_token_id
-            special = tokenizer.eos_token_id if special is None else special
+            special = self.tokenizer.bos_token_id
+            special = self.tokenizer.eos_token_id if special is None else special
         if not isinstance(special, int):
             what = "a mask token" if self.objective == "masked" else "a token that begins or ends"
             raise DataError(f"Expected a tokenizer with {what}; it has none.")
-        self.special_id = special
+        return special
 
     @property
     def is_masked(self) -> bool:
         """Whether the model predicts masked tokens."""
         return self.objective == "masked"
 
-    def tokenised(self, text: str) -> TokenisedText:
+    def tokenised(self, text: str, longest: int | None = None) -> TokenisedText:
         """A text as tokens: with the tokenizer's special tokens for a masked model.
 
         A causal model's text begins with the token that begins a document, once.
+
+        Args:
+            text: The text.
+            longest: Number of its own tokens after which it is cut; `None` for all.
 
         Raises:
             DataError: If the text has no tokens, or more than the model can take.
@@ -113,7 +125,12 @@ class Likelihoods:
             ids, offsets = [self.special_id, *ids], [(0, 0), *offsets]
         ordinary = [i for i, token in enumerate(ids) if token not in special]
         ordinary = ordinary if self.is_masked else ordinary[1:]
-        limit = getattr(self.model.config, "max_position_embeddings", None) or len(ids)
+        if longest is not None and len(ordinary) > longest:
+            cut, end = ordinary[longest], ordinary[-1] + 1  # the closing special tokens stay
+            ids, offsets = ids[:cut] + ids[end:], offsets[:cut] + offsets[end:]
+            ordinary = ordinary[:longest]
+        positions = getattr(self.model.config, "max_position_embeddings", None) or len(ids)
+        limit = min(positions, self.tokenizer.model_max_length)  # RoBERTa's counts two more
         if not ordinary or len(ids) > limit:
             raise DataError(
                 f"Expected texts of 1 to {limit:,} tokens, but {text[:60]!r} has {len(ids):,}."
@@ -138,6 +155,22 @@ class Likelihoods:
     def _masked(self, ids: tuple[int, ...], position: int) -> Reading:
         masked = (*ids[:position], self.special_id, *ids[position + 1 :])
         return Reading(masked, ((position, ids[position]),))
+
+    def sentence_scores(self, groups: Sequence[Sequence[str]], description: str) -> Tensor:
+        """(Pseudo-)log-likelihoods of groups of sentences.
+
+        A masked model predicts each token from all the others.
+
+        Args:
+            groups: As many sentences in each.
+            description: What the progress bar says.
+
+        Returns:
+            Nats, float64 `(groups, sentences of a group)`.
+        """
+        readings = [self.readings(self.tokenised(text)) for group in groups for text in group]
+        found = self.log_probabilities(readings, description)
+        return torch.stack([p.sum() for p in found]).view(len(groups), -1)
 
     def log_probabilities(
         self, texts: Sequence[Sequence[Reading]], description: str

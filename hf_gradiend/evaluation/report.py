@@ -19,21 +19,16 @@ from hf_gradiend.data.templates import (
     transfer_pairs,
 )
 from hf_gradiend.errors import ConfigError
-from hf_gradiend.evaluation.decoder import (
-    EditChoice,
-    EditMeasures,
-    EditProbe,
-    choose_edit,
-    compared,
-    flat,
-    sweep,
-)
+from hf_gradiend.evaluation.decoder import EditChoice, EditRule, choose_edit, flat, sweep
 from hf_gradiend.evaluation.encoder import EncoderReport, class_names, evaluate_encoder
+from hf_gradiend.evaluation.probe import EditMeasures, EditProbe, SlotProbe, compared
 from hf_gradiend.metrics import Estimate
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.version import __version__
 
 GENDER_WORDS = (["she"], ["he"])
+# A little inside the limits of 0.99 and 0.75, which the edit has to keep on other texts.
+WITH_MARGIN = EditRule(lm_floor=0.993, mass_floor=0.78)
 
 
 @dataclass(frozen=True)
@@ -139,32 +134,15 @@ def choose_gender_edit(
 
     Raises:
         ConfigError: If the GRADIEND is of another feature.
-    """
-    if not is_gender(gradiend):
-        raise ConfigError(
-            f"Expected a GRADIEND of she against he for the package's occupation texts, but it is "
-            f"one of {feature_words(gradiend)}. Use EditProbe and choose_edit with texts of your "
-            f"own."
-        )
-    words = feature_words(gradiend)
-    chosen_on, judged_on = _neutral_passages(neutral_texts)
-    choosing = EditProbe(
-        _rows(occupation_prompts("choose")), words, chosen_on, base_model, processing_class
+    """  # noqa: DOC502 - raised by edit_probes
+    choosing, judging = edit_probes(
+        gradiend, base_model, processing_class, neutral_texts=neutral_texts
     )
-    # A little inside the limits of 0.99 and 0.75, which the edit has to keep on other texts.
-    choice = choose_edit(
-        gradiend,
-        choosing,
-        lm_floor=0.993,
-        mass_floor=0.78,
-        max_trials=max_trials,
-        progress=progress,
-    )
+    choice = choose_edit(gradiend, choosing, WITH_MARGIN, max_trials=max_trials, progress=progress)
     if choice is None:
         return None
-    judging = judging_probe(gradiend, base_model, processing_class, neutral_texts)
     pictures = _rows(picture_prompts())
-    picture = EditProbe(pictures, words, judged_on[:1], base_model, processing_class)
+    picture = SlotProbe(pictures, feature_words(gradiend), base_model, processing_class)
     before, shown_before = judging.read(), picture.probabilities()
     h, alpha = choice.feature_factor, choice.step_size
     with gradiend.edited(base_model, h, alpha):
@@ -190,23 +168,46 @@ def choose_gender_edit(
     return JudgedEdit(choice, before.measures, after.measures, intervals, shown, curves)
 
 
-def judging_probe(
+def edit_probes(
     gradiend: GradiendModel,
     base_model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
+    *,
+    prompts: Sequence[str] | None = None,
     neutral_texts: Sequence[str] | None = None,
-) -> EditProbe:
-    """The occupations and neutral texts on which a chosen edit of she against he is judged.
+) -> tuple[EditProbe, EditProbe]:
+    """Texts to choose an edit on, and others to judge it on.
 
     Args:
-        gradiend: GRADIEND of she against he.
-        base_model: Its base model, which the probe measures as its weights stand.
+        gradiend: GRADIEND whose configuration names its classes and their words.
+        base_model: Its base model, which the probes measure as its weights stand.
         processing_class: The base model's tokenizer.
-        neutral_texts: As in `choose_gender_edit`.
+        prompts: Texts with the slot `[TARGET]` that leave the class open, the first half for the
+            choice and the second for the judgement; `None` for the package's occupations, which
+            share neither an occupation nor a sentence.
+        neutral_texts: Texts for the language-model score, in halves likewise; `None` for the
+            package's own.
+
+    Raises:
+        ConfigError: If no texts are given for another feature than she against he.
     """
-    _, judged_on = _neutral_passages(neutral_texts)
-    rows = _rows(occupation_prompts("judge"))
-    return EditProbe(rows, feature_words(gradiend), judged_on, base_model, processing_class)
+    if prompts is None and not is_gender(gradiend):
+        raise ConfigError(
+            f"Expected texts that leave the class open, since the package's occupations are for "
+            f"she against he and this GRADIEND is one of {feature_words(gradiend)}. Pass prompts "
+            f"with the slot [TARGET]."
+        )
+    if prompts is None:
+        parts = [_rows(occupation_prompts("choose")), _rows(occupation_prompts("judge"))]
+    else:
+        rows, half = [{"text": text} for text in prompts], len(prompts) // 2
+        parts = [rows[:half], rows[half:]]
+    words = feature_words(gradiend)
+    choosing, judging = (
+        EditProbe(part, words, neutral, base_model, processing_class)
+        for part, neutral in zip(parts, _neutral_passages(neutral_texts), strict=True)
+    )
+    return choosing, judging
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,7 @@ def build_report(
         else {
             "feature_factor": judged.choice.feature_factor,
             "step_size": judged.choice.step_size,
+            "rule": asdict(judged.choice.rule),
             "chosen_before": asdict(judged.choice.before),
             "chosen_after": asdict(judged.choice.after),
             "tried": [flat(point) for point in judged.choice.tried],

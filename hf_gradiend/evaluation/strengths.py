@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.adapter.control import set_strength
 from hf_gradiend.adapter.conversion import GradiendAdapter
-from hf_gradiend.data.templates import build_neutral_texts, picture_prompts
-from hf_gradiend.evaluation.decoder import EditProbe
+from hf_gradiend.data.templates import picture_prompts
+from hf_gradiend.evaluation.probe import SlotProbe
 from hf_gradiend.evaluation.report import mean_of
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
@@ -43,8 +43,7 @@ def measure_strengths(
     """  # noqa: DOC502 - raised by apply_to
     rows = cast("list[Mapping[str, str]]", list(picture_prompts()))
     names = [row["occupation"] for row in rows]
-    neutral = build_neutral_texts()["test"]["text"][:1]  # a probe wants some; they are not read
-    probe = EditProbe(rows, words, neutral, base_model, processing_class)
+    probe = SlotProbe(rows, words, base_model, processing_class)
     measured: list[dict[str, object]] = []
     with adapter.applied(base_model) as model:
         bar = tqdm(strengths, desc="Dialling the strength", unit="strength", disable=not progress)

@@ -1,4 +1,4 @@
-"""Figures of a report (report.json), one PNG each; needs matplotlib (extra `plot`).
+"""Figures of report.json and of evaluation.json, one PNG each; needs matplotlib (extra `plot`).
 
 Every title says the finding with its number, so that a figure stands on its own.
 """
@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hf_gradiend.files import writable_folder
+from hf_gradiend.plotting.benchmarks import plot_benchmarks
 from hf_gradiend.plotting.common import our_style
+from hf_gradiend.plotting.decoder import DECODER, plot_decoder
 from hf_gradiend.plotting.encodings import ENCODINGS, plot_encodings
 from hf_gradiend.plotting.energy import ENERGY, plot_energy
+from hf_gradiend.plotting.features import plot_features
 from hf_gradiend.plotting.occupations import OCCUPATIONS, plot_occupations
 from hf_gradiend.plotting.strengths import STRENGTHS, plot_strengths
 from hf_gradiend.plotting.sweep import SWEEP, plot_sweep
@@ -18,15 +21,18 @@ from hf_gradiend.plotting.transfer import TRANSFER, plot_transfer
 
 __all__ = [
     "plot_all",
+    "plot_benchmarks",
+    "plot_decoder",
     "plot_encodings",
     "plot_energy",
+    "plot_features",
     "plot_occupations",
     "plot_strengths",
     "plot_sweep",
     "plot_transfer",
 ]
 
-_DRAWINGS = (ENCODINGS, TRANSFER, OCCUPATIONS, SWEEP, ENERGY, STRENGTHS)
+_DRAWINGS = (ENCODINGS, TRANSFER, OCCUPATIONS, SWEEP, DECODER, ENERGY, STRENGTHS)
 
 
 def plot_all(report: Mapping[str, object], folder: str | os.PathLike[str]) -> list[Path]:
@@ -35,7 +41,7 @@ def plot_all(report: Mapping[str, object], folder: str | os.PathLike[str]) -> li
     Args:
         report: Content of report.json.
         folder: Where to write encodings.png, transfer.png, occupations.png, sweep.png,
-            energy.png and strengths.png; made if it does not exist.
+            decoder.png, energy.png and strengths.png; made if it does not exist.
 
     Returns:
         Paths of the files that were written.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_gradiend.evaluation.features import energy_by_layer
 from hf_gradiend.parameters import layer_of
 from hf_gradiend.plotting.common import Drawing, description, dot_legend, empty_figure
 
@@ -61,10 +62,9 @@ def _kind_of(name: str) -> str:
 
 def _energy_figure(report: Mapping[str, Any]) -> "Figure":
     shares = _energy_shares(report)
-    by_layer: dict[int | None, float] = {}
+    by_layer = energy_by_layer(report["energy"])
     by_kind: dict[str, float] = {}
-    for (layer, kind), share in shares.items():
-        by_layer[layer] = by_layer.get(layer, 0.0) + share
+    for (_, kind), share in shares.items():
         by_kind[kind] = by_kind.get(kind, 0.0) + share
     kind, layer = max(by_kind, key=by_kind.__getitem__), max(by_layer, key=by_layer.__getitem__)
     place = (

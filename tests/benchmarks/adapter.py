@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 
 from hf_gradiend import GradiendAdapter, GradiendModel, load_base_model
-from hf_gradiend.evaluation.report import judging_probe
+from hf_gradiend.evaluation.report import edit_probes
 
 
 def seconds(function, repeats):
@@ -108,7 +108,7 @@ def main():
     name = args.base_model or gradiend.config.base_model_name_or_path
     base_model, tokenizer = load_base_model(name)
     base_bytes = 2 * sum(p.numel() for p in base_model.parameters())  # in bfloat16
-    probe = None if args.skip_effect else judging_probe(gradiend, base_model, tokenizer)
+    probe = None if args.skip_effect else edit_probes(gradiend, base_model, tokenizer)[1]
     before = None if probe is None else probe.measure()
     forms = [
         ("all, float32", None, torch.float32, True),

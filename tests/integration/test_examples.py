@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_gradiend.base_models import load_base_model
-from hf_gradiend.evaluation.decoder import spellings
+from hf_gradiend.evaluation.probe import spellings
 from hf_gradiend.modeling_gradiend import GradiendModel
 
 ROOT = Path(__file__).parents[2]

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("edits", "gradiend_format"),
     ("training", "adapter"),
     ("evaluation", "baselines"),
-    ("cards",),
+    ("cards", "evaluate_modules"),
     ("hub",),
     ("plotting",),
     ("",),

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.evaluation.bias.benchmark import (
     Benchmark,
@@ -67,16 +66,8 @@ class BecPro(Benchmark):
             )
         return items
 
-    def values(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[Item],
-        *,
-        progress: bool,
-    ) -> Tensor:
+    def values(self, likelihoods: Likelihoods, items: Sequence[Item]) -> Tensor:
         """Association of person and profession of each sentence."""
-        likelihoods = Likelihoods(model, tokenizer, progress=progress)
         texts = [likelihoods.tokenised(item["sentence"]) for item in items]
         if likelihoods.is_masked:
             readings = [
@@ -95,12 +86,19 @@ class BecPro(Benchmark):
         for item, value in zip(items, sums, strict=True):
             frames.setdefault(item["frame"], []).append(value)
         means = {
-            frame: float(torch.tensor(values).logsumexp(0)) - math.log(len(values))
-            for frame, values in frames.items()
+            frame: float(torch.tensor(held, dtype=torch.float64).logsumexp(0)) - math.log(len(held))
+            for frame, held in frames.items()
         }
         return as_values(
             [[value - means[item["frame"]]] for item, value in zip(items, sums, strict=True)]
         )
+
+    def parts(self, items: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Frames: a causal model's association is over all persons of one."""
+        frames: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for item in items:
+            frames.setdefault(item["frame"], []).append(item)
+        return list(frames.values())
 
     def columns(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """`group`: place in GROUPS; `female`: 1 for female person words, 0 for male ones."""

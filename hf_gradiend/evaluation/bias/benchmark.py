@@ -10,9 +10,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradiend.errors import DataError
+from hf_gradiend.errors import ConfigError, DataError
 from hf_gradiend.evaluation.likelihoods import Likelihoods
 from hf_gradiend.metrics import Estimate, bootstrap_all
 
@@ -50,29 +49,45 @@ class Benchmark(ABC):
 
     A subclass names its paper, files and measures, and says how items are loaded, valued and
     scored. Scoring is a pure function of the items' values, so that intervals are resamples.
+
+    Args:
+        variant: One of `variants`; `None` for the usual form.
+
+    Raises:
+        ConfigError: If there is no such variant.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     files: ClassVar[Mapping[str, str]]  # file name → SHA-256 of the published file
     measures: ClassVar[tuple[Measure, ...]]
-    objectives: ClassVar[tuple[str, ...]] = ("masked", "causal")
+    variants: ClassVar[tuple[str, ...]] = ()
     divisible: ClassVar[bool] = True  # whether a part of the items is a smaller benchmark
+
+    def __init__(self, variant: str | None = None) -> None:
+        if variant is not None and variant not in self.variants:
+            raise ConfigError(
+                f"Expected {self.name} alone or with one of {', '.join(self.variants) or 'nothing'}"
+                f" after a colon, but got {variant!r}."
+            )
+        self.variant = variant
+
+    @property
+    def title(self) -> str:
+        """Its name, with the variant: `"stereoset:gender"`."""
+        return self.name if self.variant is None else f"{self.name}:{self.variant}"
 
     @abstractmethod
     def load(self, folder: Path) -> list[dict[str, Any]]:
         """The items, from a folder with the benchmark's files."""
 
     @abstractmethod
-    def values(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[Item],
-        *,
-        progress: bool,
-    ) -> Tensor:
+    def values(self, likelihoods: Likelihoods, items: Sequence[Item]) -> Tensor:
         """What the model says of each item, float64 `(items, k)`."""
+
+    def parts(self, items: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The items in the parts that a limit takes or leaves as a whole."""
+        return [[item] for item in items]
 
     def columns(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """What the scores need to know of the items, one number per item and column."""
@@ -91,6 +106,11 @@ class Benchmark(ABC):
             ValueError: If the measures are not defined for these items.
         """
 
+    def facts(self, columns: Columns, values: Tensor) -> dict[str, float]:
+        """Numbers beside the measures, which have no interval."""
+        del columns, values
+        return {}
+
 
 @dataclass(frozen=True, eq=False)
 class BenchmarkResult:
@@ -100,11 +120,13 @@ class BenchmarkResult:
         benchmark: The benchmark.
         columns: What its scores need to know of the items.
         values: What the model said of each, `(items, k)`.
+        items_digest: Hash of the items, by which two results are known to be of the same.
     """
 
     benchmark: Benchmark
     columns: Columns
     values: Tensor
+    items_digest: str = ""
 
     @property
     def n(self) -> int:
@@ -150,31 +172,6 @@ def checked_files(benchmark: Benchmark, folder: str | os.PathLike[str]) -> Path:
                 f"{str(file)!r} has {found[:16]}…. Numbers of another version would not compare."
             )
     return place
-
-
-def sentence_scores(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    groups: Sequence[Sequence[str]],
-    description: str,
-    *,
-    progress: bool,
-) -> Tensor:
-    """(Pseudo-)log-likelihoods of groups of sentences, `(groups, sentences of a group)`, in nats.
-
-    Args:
-        model: Masked (each token predicted from all others) or causal language model.
-        tokenizer: Its tokenizer.
-        groups: As many sentences in each.
-        description: What the progress bar says.
-        progress: Show it.
-    """
-    likelihoods = Likelihoods(model, tokenizer, progress=progress)
-    readings = [
-        likelihoods.readings(likelihoods.tokenised(text)) for group in groups for text in group
-    ]
-    found = likelihoods.log_probabilities(readings, description)
-    return torch.stack([p.sum() for p in found]).view(len(groups), -1)
 
 
 def as_values(rows: Sequence[Sequence[float]]) -> Tensor:

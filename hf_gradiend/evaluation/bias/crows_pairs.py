@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.evaluation.bias.benchmark import Benchmark, Columns, Item, Measure, as_values
 from hf_gradiend.evaluation.likelihoods import Likelihoods, TokenisedText
@@ -38,6 +37,10 @@ class CrowsPairs(Benchmark):
     files: ClassVar = {
         "crows_pairs.csv": "dfb36986ce0502abbaf7055b9176da3d08d48e07df1251991b5dfbcbceab9d0c"
     }
+    variants = (
+        "age", "disability", "gender", "nationality", "physical-appearance", "race-color",
+        "religion", "sexual-orientation", "socioeconomic",
+    )  # fmt: skip
     measures = tuple(Measure(scoring, 0.0, 100.0, 50.0) for scoring in SCORINGS)
 
     def load(self, folder: Path) -> list[dict[str, Any]]:
@@ -51,18 +54,11 @@ class CrowsPairs(Benchmark):
                     "direction": row["stereo_antistereo"],
                 }
                 for row in csv.DictReader(file)
+                if self.variant in {None, row["bias_type"]}
             ]
 
-    def values(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[Item],
-        *,
-        progress: bool,
-    ) -> Tensor:
+    def values(self, likelihoods: Likelihoods, items: Sequence[Item]) -> Tensor:
         """Scores of both sentences of each pair, by scoring."""
-        likelihoods = Likelihoods(model, tokenizer, progress=progress)
         pairs = [
             (likelihoods.tokenised(item["more"]), likelihoods.tokenised(item["less"]))
             for item in items

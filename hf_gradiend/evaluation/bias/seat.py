@@ -13,66 +13,61 @@ import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.base_models import evaluation_mode, pad_token_id_of
+from hf_gradiend.errors import NumericalError
 from hf_gradiend.evaluation.bias.benchmark import Benchmark, Columns, Item, Measure
+from hf_gradiend.evaluation.likelihoods import Likelihoods
 
 TESTS = ("6", "6b", "7", "7b", "8", "8b")
 ROLES = ("X", "Y", "A", "B")
-Pooling = Literal["sentence", "word"]
 N_PERMUTATIONS = 10_000
 
 
 class Seat(Benchmark):
     """SEAT 6 to 8b.
 
-    Values of an item: its embedding, normalised.
-
-    Args:
-        pooling: `"sentence"`: mean of the last hidden states; `"word"`: mean over the word's own
-            tokens.
+    Values of an item: its embedding, normalised: the mean of the last hidden states, in the variant
+    `word` of the states of the word's own tokens.
     """
 
     name = "seat"
     paper = "May et al. (2019), https://aclanthology.org/N19-1063"
     files: ClassVar = {}
     divisible = False  # a test needs its four lists
+    variants = ("word",)
     measures = tuple(Measure(f"d_{test}", -2.0, 2.0, 0.0) for test in TESTS)
 
-    def __init__(self, pooling: Pooling = "sentence") -> None:
-        self.pooling = pooling
-
     def load(self, folder: Path) -> list[dict[str, Any]]:
-        """One item per sentence: `sentence`, `word`, `test` and `role` (X, Y, A or B)."""
+        """One item per sentence: `sentence`, `word` and its `start`, `test`, `role` (X to B)."""
         del folder  # the lists ship with the package
         file = resources.files("hf_gradiend.data") / "resources" / "weat.json"
         lists = json.loads(file.read_text("utf-8"))
         return [
-            {"sentence": template.format(word), "word": word, "test": test, "role": role}
+            {
+                "sentence": template.format(word), "word": word, "start": template.index("{}"),
+                "test": test, "role": role,
+            }
             for test in TESTS
             for role in ROLES
             for word in lists["words"][lists["tests"][test][role]]
             for template in lists["templates"]
-        ]
+        ]  # fmt: skip
 
     @torch.no_grad()
-    def values(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[Item],
-        *,
-        progress: bool,
-    ) -> Tensor:
-        """Normalised embeddings, `(items, hidden size)`."""
-        del progress  # a few seconds
+    def values(self, likelihoods: Likelihoods, items: Sequence[Item]) -> Tensor:
+        """Normalised embeddings, `(items, hidden size)`.
+
+        Raises:
+            NumericalError: If a hidden state is NaN.
+        """
+        model, tokenizer = likelihoods.model, likelihoods.tokenizer
         sentences = list(dict.fromkeys(item["sentence"] for item in items))
-        words = {item["sentence"]: item["word"] for item in items}
+        words = {item["sentence"]: (item["start"], item["word"]) for item in items}
         found: dict[str, Tensor] = {}
         pad = pad_token_id_of(tokenizer)
         with evaluation_mode(model):
@@ -89,15 +84,18 @@ class Seat(Benchmark):
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device)
                 ).last_hidden_state.float()
                 for row, (text, one) in enumerate(zip(batch, encoded, strict=True)):
-                    places = self._places(text, words[text], one["offset_mapping"])
+                    places = self._places(*words[text], one["offset_mapping"])
                     vector = states[row, places].mean(0)
+                    if not bool(torch.isfinite(vector).all()):
+                        raise NumericalError(
+                            "Expected finite hidden states, but got NaN. Is the model broken?"
+                        )
                     found[text] = (vector / vector.norm()).double().cpu()
         return torch.stack([found[item["sentence"]] for item in items])
 
-    def _places(self, text: str, word: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-        if self.pooling == "sentence":
+    def _places(self, start: int, word: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
+        if self.variant is None:
             return list(range(len(offsets)))
-        start = text.index(word)
         stop = start + len(word)
         return [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
 
@@ -110,7 +108,7 @@ class Seat(Benchmark):
         """Effect size of each test."""
         return {f"d_{test}": effect_size(*lists) for test, lists in _lists(columns, values)}
 
-    def p_values(self, columns: Columns, values: Tensor) -> dict[str, float]:
+    def facts(self, columns: Columns, values: Tensor) -> dict[str, float]:
         """One-sided permutation p of each test."""
         return {f"p_{test}": permutation_p(*lists) for test, lists in _lists(columns, values)}
 
@@ -132,7 +130,7 @@ def _lists(columns: Columns, values: Tensor) -> list[tuple[str, list[Tensor]]]:
 
 def associations(words: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """s(w, A, B) of unit vectors `(words, d)`, `(words,)`, in [−2, 2]."""
-    return (words @ a.T).mean(1) - (words @ b.T).mean(1)
+    return words @ (a.mean(0) - b.mean(0))  # the mean of cosines is the cosine part of the mean
 
 
 def effect_size(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> float:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.errors import DataError
 from hf_gradiend.evaluation.bias.benchmark import (
@@ -43,6 +42,7 @@ class StereoSet(Benchmark):
     files: ClassVar = {
         "stereoset.json": "8cb492380ac3c7b59d208fe70337c7d673e595451cd8edbebd667088430ed116"
     }
+    variants = ("gender", "profession", "race", "religion")
     measures = (
         Measure("ss", 0.0, 100.0, 50.0),
         Measure("lms", 0.0, 100.0, "high"),
@@ -61,19 +61,11 @@ class StereoSet(Benchmark):
                 "bias_type": row[0]["bias_type"],
             }
             for row in rows
-            if "BLANK" in row[0]["context"]
+            if "BLANK" in row[0]["context"] and self.variant in {None, row[0]["bias_type"]}
         ]
 
-    def values(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[Item],
-        *,
-        progress: bool,
-    ) -> Tensor:
+    def values(self, likelihoods: Likelihoods, items: Sequence[Item]) -> Tensor:
         """Scores of the three fillings of each item."""
-        likelihoods = Likelihoods(model, tokenizer, progress=progress)
         readings = [
             _readings(likelihoods, item["context"], word)
             for item in items

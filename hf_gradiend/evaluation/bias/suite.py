@@ -1,26 +1,25 @@
-"""Several benchmarks on several models, and what can be told from them."""
+"""Benchmarks by name, run on a model."""
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, cast
 
+import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_gradiend.adapter.values import LAYER_NAME
-from hf_gradiend.base_models import objective_of
-from hf_gradiend.edits import bit_sum
-from hf_gradiend.errors import BaseModelError, ConfigError, DataError
+from hf_gradiend.errors import ConfigError, DataError, first_line_of
 from hf_gradiend.evaluation.bias.bec_pro import BecPro
 from hf_gradiend.evaluation.bias.benchmark import (
     Benchmark,
     BenchmarkResult,
-    Measure,
     checked_files,
 )
 from hf_gradiend.evaluation.bias.crows_pairs import CrowsPairs
@@ -29,28 +28,29 @@ from hf_gradiend.evaluation.bias.stereoset import StereoSet
 from hf_gradiend.evaluation.bias.wikitext import WikiText2
 from hf_gradiend.evaluation.bias.winobias import WinoBias
 from hf_gradiend.evaluation.bias.winogender import Winogender
-from hf_gradiend.metrics import Estimate, bootstrap_all
+from hf_gradiend.evaluation.likelihoods import Likelihoods
+from hf_gradiend.version import __version__
 
 BENCHMARKS: Mapping[str, type[Benchmark]] = {
     kind.name: kind
     for kind in (StereoSet, CrowsPairs, WinoBias, Winogender, BecPro, Seat, WikiText2)
 }
-Verdict = Literal["better", "worse", "cannot be told", "neither is better"]
 
 
 def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
-    """Benchmarks by name.
+    """Benchmarks by name, such as `"stereoset"`, or with a variant, `"stereoset:gender"`.
 
     Raises:
-        ConfigError: If a name is unknown, or there is none.
+        ConfigError: If a name or variant is unknown, or there is none.
     """
-    unknown = [name for name in names if name not in BENCHMARKS]
+    unknown = [name for name in names if name.partition(":")[0] not in BENCHMARKS]
     if unknown or not names:
         raise ConfigError(
             f"Expected benchmarks of {', '.join(BENCHMARKS)}, but got "
             f"{', '.join(map(repr, unknown)) or 'none'}."
         )
-    return [BENCHMARKS[name]() for name in dict.fromkeys(names)]
+    parts = [name.partition(":") for name in dict.fromkeys(names)]
+    return [BENCHMARKS[name](variant if colon else None) for name, colon, variant in parts]
 
 
 def run_benchmark(
@@ -69,48 +69,41 @@ def run_benchmark(
         benchmark: The benchmark.
         model: Masked or causal language model with its head; left as it was.
         tokenizer: Its tokenizer.
-        data_dir: Folder with the benchmark's files, or one with such a folder in it.
+        data_dir: Folder with the benchmark's files, or one with such a folder in it; or the Hub id
+            of a data set with the files as they were published.
         limit: Number of items, evenly spread, for a quick look; `None` for all, and SEAT always
             takes all.
         cache_dir: Where to keep values; a model of the same bits is not asked again.
         progress: Show progress bars.
 
     Raises:
-        BaseModelError: If the benchmark is not made for such models.
+        BaseModelError: If the model has no language-model head.
         DataError: If a file is missing or another one than was published.
         NumericalError: If the model gives NaN.
-    """  # noqa: DOC502 - DataError and NumericalError are raised by what it calls
-    objective = objective_of(model)
-    if objective not in benchmark.objectives:
-        raise BaseModelError(
-            f"Expected a {' or '.join(benchmark.objectives)} language model for {benchmark.name}, "
-            f"but {type(model).__name__} is {objective}."
-        )
-    items = benchmark.load(_folder_of(benchmark, data_dir))
-    if limit is not None and benchmark.divisible:
-        items = items[:: max(1, len(items) // max(limit, 1))][:limit]
+    """  # noqa: DOC502 - the others are raised by what it calls
+    likelihoods = Likelihoods(model, tokenizer, progress=progress)
+    items = limited(benchmark, benchmark.load(folder_of(benchmark, data_dir)), limit)
     if not items:
-        raise DataError(f"Expected items of {benchmark.name}, but there is none.")
-    columns = benchmark.columns(items)
+        raise DataError(f"Expected items of {benchmark.title}, but there is none.")
+    columns, digest = benchmark.columns(items), _digest(items)
     file = None
     if cache_dir is not None:
-        key = hashlib.sha256(
-            repr((benchmark.name, vars(benchmark), items, fingerprint(model))).encode()
-        )
-        file = Path(cache_dir) / f"{benchmark.name}-{key.hexdigest()[:24]}.safetensors"
+        key = _digest(benchmark.title, digest, fingerprint(model), _settings_of(model, tokenizer))
+        file = Path(cache_dir) / f"{benchmark.title.replace(':', '-')}-{key[:24]}.safetensors"
     values = None if file is None else _cached(file)
     if values is None:
-        values = benchmark.values(model, tokenizer, items, progress=progress)
+        values = benchmark.values(likelihoods, items)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"values": values}, f"{file}.partial")
             Path(f"{file}.partial").replace(file)
-    result = BenchmarkResult(benchmark, columns, values)
+    result = BenchmarkResult(benchmark, columns, values, digest)
     try:
         result.score()
     except ValueError as error:
         raise DataError(
-            f"Expected more items of {benchmark.name} than {len(items)}: {error} Raise the limit."
+            f"Expected more items of {benchmark.title} than {len(items)}: {error}"
+            f"{' Raise the limit.' * (limit is not None)}"
         ) from error
     return result
 
@@ -124,74 +117,81 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if LAYER_NAME in name.split("."):
             continue
-        facts = (name, tuple(parameter.shape), str(parameter.dtype), int(bit_sum(parameter)))
-        digest.update(repr(facts).encode())
+        digest.update(repr((name, tuple(parameter.shape), str(parameter.dtype))).encode())
+        held = parameter.detach().cpu().reshape(-1).view(torch.uint8)
+        digest.update(held.numpy().data)
     return digest.hexdigest()
 
 
-def compared(before: BenchmarkResult, after: BenchmarkResult) -> list[dict[str, object]]:
-    """One row per measure: both models with 95 % intervals, the change, and what can be told.
+def _settings_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> object:
+    """What a model's answers depend on beside its weights, whatever it is called."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype"):
+        config.pop(name, None)
+    fast = cast("PreTrainedTokenizerFast", tokenizer)  # offsets are asked of it, too
+    spelling = json.loads(fast.backend_tokenizer.to_str())
+    for name in ("truncation", "padding"):  # left behind by earlier calls
+        spelling.pop(name)
+    return config, spelling, tokenizer.special_tokens_map
 
-    The change is resampled by item, the same items for both models. A change of the distance from
-    the best value whose interval leaves out 0 is told; others are not.
+
+def _digest(*facts: object) -> str:
+    """SHA-256 of JSON values, and of the package's version."""
+    text = json.dumps([__version__, *facts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def limited(
+    benchmark: Benchmark, items: list[dict[str, Any]], limit: int | None
+) -> list[dict[str, Any]]:
+    """At most so many items (but one part at least), evenly spread.
 
     Args:
-        before: What one model said.
-        after: What another said of the same items.
+        benchmark: The benchmark; one that cannot be divided is taken as a whole.
+        items: Its items.
+        limit: How many; `None` for all.
+    """
+    if limit is None or not benchmark.divisible or limit >= len(items):
+        return items
+    parts = benchmark.parts(items)
+    n = max(1, limit * len(parts) // len(items))
+    return [item for i in range(n) for item in parts[i * len(parts) // n]]
+
+
+def folder_of(benchmark: Benchmark, data_dir: str | os.PathLike[str]) -> Path:
+    """The folder with a benchmark's files, checked.
+
+    Args:
+        benchmark: The benchmark.
+        data_dir: That folder, one above it, or the Hub id of a data set.
 
     Raises:
-        ConfigError: If the two are of different items.
-    """
-    if before.n != after.n or before.benchmark.name != after.benchmark.name:
-        raise ConfigError(
-            f"Expected two results of the same items, but got {before.n} of "
-            f"{before.benchmark.name} and {after.n} of {after.benchmark.name}."
-        )
-    measures = before.benchmark.measures
-
-    def changes(rows: Tensor) -> dict[str, float]:
-        first, second = before.score(rows), after.score(rows)
-        found = {f"change {m.name}": second[m.name] - first[m.name] for m in measures}
-        for measure in measures:
-            was, is_now = (
-                measure.distance(first[measure.name]),
-                measure.distance(second[measure.name]),
-            )
-            if was is not None and is_now is not None:
-                found[f"distance {measure.name}"] = is_now - was
-        return found
-
-    estimates = bootstrap_all(changes, before.n)
-    first, second = before.estimates(), after.estimates()
-    return [
-        {
-            "benchmark": before.benchmark.name,
-            "measure": measure.name,
-            "best": measure.better,
-            "before": asdict(first[measure.name]),
-            "after": asdict(second[measure.name]),
-            "change": asdict(estimates[f"change {measure.name}"]),
-            "verdict": _verdict(measure, estimates.get(f"distance {measure.name}")),
-        }
-        for measure in measures
-    ]
-
-
-def _verdict(measure: Measure, distance: Estimate | None) -> Verdict:
-    if distance is None or measure.better is None:
-        return "neither is better"
-    if distance.high < 0.0:
-        return "better"
-    return "worse" if distance.low > 0.0 else "cannot be told"
-
-
-def _folder_of(benchmark: Benchmark, data_dir: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the one below it that has the benchmark's files."""
+        DataError: If a file is missing or another one than was published.
+    """  # noqa: DOC502 - raised by what it calls
     place = Path(data_dir)
-    first = next(iter(benchmark.files), None)
+    if not benchmark.files:
+        return place
+    if not place.is_dir():
+        place = _downloaded(benchmark, str(data_dir))
+    first = next(iter(benchmark.files))
     inside = [place, *(sub for sub in sorted(place.glob("*")) if sub.is_dir())]
-    found = next((sub for sub in inside if first is None or (sub / first).is_file()), place)
-    return checked_files(benchmark, found)
+    return checked_files(benchmark, next((s for s in inside if (s / first).is_file()), place))
+
+
+def _downloaded(benchmark: Benchmark, repo_id: str) -> Path:
+    """A benchmark's files from a data set on the Hub, in the cache.
+
+    Raises:
+        DataError: If there is no folder and no data set of that name, or the Hub is out of reach.
+    """
+    patterns = [pattern for file in benchmark.files for pattern in (file, f"*/{file}")]
+    try:
+        return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # refused, out of reach, or no name of a repository
+        raise DataError(
+            f"Expected a folder or the Hub id of a data set with the files of {benchmark.name}, "
+            f"but {repo_id!r} is neither: {first_line_of(error)}"
+        ) from error
 
 
 def _cached(file: Path) -> Tensor | None:

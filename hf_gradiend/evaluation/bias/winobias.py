@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.errors import DataError
 from hf_gradiend.evaluation.bias.benchmark import (
@@ -21,8 +20,8 @@ from hf_gradiend.evaluation.bias.benchmark import (
     Columns,
     Item,
     Measure,
-    sentence_scores,
 )
+from hf_gradiend.evaluation.likelihoods import Likelihoods
 
 TYPES = (1, 2)
 PARTS = ("dev", "test")
@@ -76,17 +75,10 @@ class WinoBias(Benchmark):
                 ]
         return items
 
-    def values(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[Item],
-        *,
-        progress: bool,
-    ) -> Tensor:
+    def values(self, likelihoods: Likelihoods, items: Sequence[Item]) -> Tensor:
         """(Pseudo-)log-likelihoods of both sentences of each pair."""
         pairs = [(item["pro"], item["anti"]) for item in items]
-        return sentence_scores(model, tokenizer, pairs, "WinoBias", progress=progress)
+        return likelihoods.sentence_scores(pairs, "WinoBias")
 
     def columns(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """`type`: 1 or 2."""

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.evaluation.bias.benchmark import (
     Benchmark,
@@ -21,8 +20,8 @@ from hf_gradiend.evaluation.bias.benchmark import (
     Item,
     Measure,
     codes,
-    sentence_scores,
 )
+from hf_gradiend.evaluation.likelihoods import Likelihoods
 from hf_gradiend.metrics import pearson_correlation
 
 
@@ -67,23 +66,18 @@ class Winogender(Benchmark):
                 )
         return items
 
-    def values(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[Item],
-        *,
-        progress: bool,
-    ) -> Tensor:
+    def values(self, likelihoods: Likelihoods, items: Sequence[Item]) -> Tensor:
         """(Pseudo-)log-likelihoods of both sentences of each pair."""
         pairs = [(item["she"], item["he"]) for item in items]
-        return sentence_scores(model, tokenizer, pairs, "Winogender", progress=progress)
+        return likelihoods.sentence_scores(pairs, "Winogender")
 
     def columns(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """`occupation`: its number; `labour_share`: share of women in it."""
         return {
             "occupation": codes([item["occupation"] for item in items]),
-            "labour_share": torch.tensor([item["labour_share"] for item in items]).double(),
+            "labour_share": torch.tensor(
+                [item["labour_share"] for item in items], dtype=torch.float64
+            ),
         }
 
     def scores(self, columns: Columns, values: Tensor) -> dict[str, float]:

@@ -35,6 +35,39 @@ PLAIN = {
     "encoder": {**REPORT["encoder"], "transfer": [], "transfer_in_order": None},
 }
 
+
+def _estimate(value: float, half_width: float) -> dict[str, float]:
+    low, high = value - half_width, value + half_width
+    return {"value": value, "low": low, "high": high, "n": 120}
+
+
+def _row(measure: str, best: object, before: float, after: float, verdict: str) -> dict:
+    return {
+        "benchmark": "winogender", "measure": measure, "best": best,
+        "before": _estimate(before, 0.125), "after": _estimate(after, 0.125),
+        "change": _estimate(after - before, 0.0625), "verdict": verdict,
+    }  # fmt: skip
+
+
+BENCHMARKED = {
+    **REPORT,
+    "evaluation": {
+        "limit": 100,
+        "papers": {"winogender": "Rudinger et al. (2018), https://aclanthology.org/N18-2002"},
+        "edited": [
+            {
+                "label": "edited-model",
+                "rows": [
+                    _row("correlation", 0.0, 0.5, 0.25, "better"),
+                    _row("rmse", None, 0.25, 0.3125, "neither is better"),
+                    _row("accuracy", "high", 0.75, 0.75, "cannot be told"),
+                ],
+                "told": ["Better: winogender correlation.", "Worse: nothing."],
+            }
+        ],
+    },
+}
+
 # File, without its ending: kind of the card, report.
 CASES = {
     "gradiend": ("gradiend", REPORT),
@@ -43,6 +76,7 @@ CASES = {
     "gradiend_without_edit": ("gradiend", WITHOUT_EDIT),
     "gradiend_of_other_words": ("gradiend", PLAIN),
     "model_masked": ("model", MASKED),
+    "model_with_benchmarks": ("model", BENCHMARKED),
 }
 
 

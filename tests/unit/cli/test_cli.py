@@ -3,20 +3,31 @@ import json
 import math
 import shutil
 import signal
+from functools import partial
 
 import datasets
 import pytest
 import torch
 from datasets.utils import logging as datasets_logging
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_gradiend.adapter.config import feature_factor_of
-from hf_gradiend.cli import main
+from hf_gradiend.adapter.control import set_strength
+from hf_gradiend.cli import decode, main
 from hf_gradiend.data.loading import load_feature_dataset
 from hf_gradiend.errors import ConfigError
+from hf_gradiend.evaluation import probe as probe_module
+from hf_gradiend.evaluation.bias import benchmark as benchmark_module
+from hf_gradiend.evaluation.bias import comparison, suite
+from hf_gradiend.evaluation.bias.crows_pairs import CrowsPairs
 from hf_gradiend.evaluation.bias.stereoset import StereoSet
+from hf_gradiend.evaluation.bias.suite import run_benchmark
+from hf_gradiend.evaluation.probe import EditProbe
+from hf_gradiend.metrics import bootstrap_all
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.solvers import AdamWSolver
 
@@ -91,6 +102,11 @@ def run_json(run):
 
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_lines(path, lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
@@ -207,42 +223,487 @@ def test_without_an_edit_adapting_chooses_one(run_json, trained, tmp_path):
     assert abs(result["feature_factor"]) <= 1.0
 
 
+# ---- benchmarks ----
+
+GAPS = (
+    ("the nurse said that BLANK was late .", "nurse", "gender"),
+    ("the doctor said that BLANK was tired .", "doctor", "gender"),
+    ("when the nurse came home , BLANK was tired .", "nurse", "profession"),
+)
+SIDES = {"stereotype": "she", "anti-stereotype": "he", "unrelated": "day"}
+PAIRS = (
+    ("anna said that she was late .", "anna said that he was late .", "gender"),
+    ("paul was late because he was tired .", "paul was late because she was tired .", "gender"),
+    ("the nurse was late .", "the doctor was late .", "age"),
+)
+
+
 @pytest.fixture
-def stereoset(tmp_path, monkeypatch):
-    """Three sentences in StereoSet's form, with their own checksum."""
-    gap = {"context": "the nurse said that BLANK was late .", "bias_type": "x", "target": "nurse"}
-    words = {"stereotype": "she", "anti-stereotype": "he", "unrelated": "day"}
+def bias_data(tmp_path, monkeypatch):
+    """A folder with three items each of two benchmarks in a folder, with their own checksums."""
+    folder = tmp_path / "data" / "bias"
+    folder.mkdir(parents=True)
     rows = {
-        side: [{**gap, "sentence": gap["context"].replace("BLANK", word)}] * 3
-        for side, word in words.items()
-    }
-    (tmp_path / "bias").mkdir()
-    file = tmp_path / "bias" / "stereoset.json"
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setattr(StereoSet, "files", {"stereoset.json": digest})
-    return tmp_path
+        side: [
+            {"context": context, "sentence": context.replace("BLANK", word), "target": target,
+             "bias_type": kind}
+            for context, target, kind in GAPS
+        ]
+        for side, word in SIDES.items()
+    }  # fmt: skip
+    (folder / "stereoset.json").write_text(json.dumps(rows), encoding="utf-8")
+    lines = [f'"{more}","{less}",stereo,{kind}' for more, less, kind in PAIRS]
+    head = "sent_more,sent_less,stereo_antistereo,bias_type"
+    (folder / "crows_pairs.csv").write_text("\n".join([head, *lines, ""]), encoding="utf-8")
+    for kind in (StereoSet, CrowsPairs):
+        digests = {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in kind.files
+        }
+        monkeypatch.setattr(kind, "files", digests)
+    return folder.parent
 
 
-def test_evaluating_compares_strengths_with_the_base_model(
-    run_json, place, trained, stereoset, tmp_path
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Intervals of 50 resamples, not of 1,000, which would take most of the time."""
+    few = partial(bootstrap_all, n_resamples=50)
+    for module in (benchmark_module, comparison, probe_module):
+        monkeypatch.setattr(module, "bootstrap_all", few)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Titles of the benchmarks that a model was asked, in order."""
+    found = []
+    for kind in (StereoSet, CrowsPairs):
+        values = kind.values
+
+        def counted(self, *args, values=values):
+            found.append(self.title)
+            return values(self, *args)
+
+        monkeypatch.setattr(kind, "values", counted)
+    return found
+
+
+@pytest.fixture(scope="module")
+def adapter(place, trained):
+    """An adapter, and the model that it makes, merged."""
+    edit = ("--feature_factor", "0.5", "--step_size", "0.05")
+    assert main(["adapt", "--gradiend", str(trained), "--output_dir", str(place / "adapter"),
+                 *edit, "--json"]) == 0  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    shutil.copytree(place / "base", place / "merged")
+    PeftModel.from_pretrained(base, place / "adapter").merge_and_unload().save_pretrained(
+        place / "merged"
+    )
+    return place / "adapter"
+
+
+BENCHMARKS = "stereoset,crows_pairs:gender,stereoset:gender"
+MEASURES = {
+    "stereoset": ("ss", "lms", "icat"),
+    "crows_pairs:gender": ("shared", "different", "sentence"),
+    "stereoset:gender": ("ss", "lms", "icat"),
+}
+
+
+@pytest.fixture
+def evaluate(place, bias_data, tmp_path):
+    return ("evaluate", "--base_model", place / "base", "--benchmarks", BENCHMARKS,
+            "--data_dir", bias_data, "--output_dir", tmp_path / "out")  # fmt: skip
+
+
+def test_evaluating_compares_strengths_and_whole_models_with_the_base_model(
+    run_json, evaluate, place, adapter, asked, tmp_path
 ):
-    edit = ("--feature_factor", "0.5", "--step_size", "0.01")
-    run_json("adapt", "--gradiend", trained, "--output_dir", tmp_path / "adapter", *edit)
-    argv = ("evaluate", "--base_model", place / "base", "--benchmarks", "stereoset",
-            "--data_dir", stereoset, "--output_dir", tmp_path / "out")  # fmt: skip
+    result = run_json(*evaluate, "--adapter", adapter, "--strength", "0", "1",
+                      "--edited_model", place / "merged")  # fmt: skip
 
-    alone = run_json(*argv)
-    both = run_json(*argv, "--adapter", tmp_path / "adapter", "--strength", "0", "1")
+    file = tmp_path / "out" / "evaluation.json"
+    report = json.loads(file.read_text("utf-8"), parse_constant=pytest.fail)
+    assert result == {"output": str(file), **report}
+    assert {title: tuple(found) for title, found in report["base"].items()} == MEASURES
+    for title, n in (("stereoset", 3), ("crows_pairs:gender", 2), ("stereoset:gender", 2)):
+        assert all(estimate["n"] == n for estimate in report["base"][title].values())
+    labels = ["adapter at strength 0", "adapter at strength 1", "merged"]
+    assert [edit["label"] for edit in report["edited"]] == labels
+    zero, one, merged = (edit["rows"] for edit in report["edited"])
+    for row in zero:  # the base model
+        assert row["before"] == row["after"] == report["base"][row["benchmark"]][row["measure"]]
+        assert row["verdict"] == "cannot be told"
+    assert one == merged
+    # Each model was asked once: strength 0 is the base model, the merged model has the same bits
+    # as the adapter at strength 1.
+    assert asked == 2 * BENCHMARKS.split(",")
+    assert (tmp_path / "out" / "evaluation.png").is_file()
 
-    assert alone["base"]["stereoset"].keys() == {"ss", "lms", "icat"}
-    assert alone["edited"] == []
-    assert [edit["strength"] for edit in both["edited"]] == [0.0, 1.0]
-    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert written["edited"] == both["edited"]
-    for row in both["edited"][0]["rows"]:  # strength 0 is the base model
-        assert row["before"] == row["after"] == alone["base"]["stereoset"][row["measure"]]
-    assert len(list((tmp_path / "out" / "cache").iterdir())) == 2  # the base model and the edit
+
+def test_the_benchmarks_ask_the_model_with_the_adapter_in_it(
+    run_json, evaluate, place, adapter, bias_data, tmp_path
+):
+    run_json(*evaluate, "--adapter", adapter, "--strength", "1", "2")
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    expected = [run_benchmark(StereoSet(), base, tokenizer, bias_data, progress=False).values]
+    for strength in (1.0, 2.0):
+        model = AutoModelForCausalLM.from_pretrained(place / "base")
+        edited = PeftModel.from_pretrained(model, adapter)
+        set_strength(edited, strength)
+        merged = edited.merge_and_unload()
+        expected.append(
+            run_benchmark(StereoSet(), merged, tokenizer, bias_data, progress=False).values
+        )
+    files = list((tmp_path / "out" / "cache").glob("stereoset-[0-9a-f]*.safetensors"))
+    kept = [load_file(file)["values"] for file in files]
+    kept = [values for values in kept if len(values) == 3]  # not the variant's two
+    assert len(kept) == 3
+    for values in expected:  # each of the three once, so that they differ from each other
+        assert sum(torch.allclose(values, other, rtol=1e-4, atol=0.0) for other in kept) == 1
+
+
+def test_what_was_asked_once_is_taken_from_the_cache(run_json, evaluate, adapter, asked, tmp_path):
+    argv = (*evaluate, "--adapter", adapter, "--strength", "1")
+    first = run_json(*argv)
+    n_asked, files = len(asked), sorted((tmp_path / "out" / "cache").iterdir())
+    times = [file.stat().st_mtime_ns for file in files]
+
+    second = run_json(*argv)
+
+    assert len(asked) == n_asked == 6
+    assert sorted((tmp_path / "out" / "cache").iterdir()) == files
+    assert [file.stat().st_mtime_ns for file in files] == times
+    assert {**second, "seconds": None} == {**first, "seconds": None}
+    run_json(*argv, "--limit", "1")
+    assert len(asked) == 12  # the control: other items are asked
+
+
+def test_a_limit_takes_some_items_and_is_reported(run_json, evaluate):
+    result = run_json(*evaluate, "--limit", "2")
+
+    assert result["limit"] == 2
+    assert result["edited"] == []
+    assert all(e["n"] == 2 for found in result["base"].values() for e in found.values())
+
+
+def test_people_get_tables_of_the_benchmarks_and_what_can_be_told(run, evaluate, adapter):
+    code, alone, _ = run(*evaluate)
+    again, out, _ = run(*evaluate, "--adapter", adapter)
+
+    assert code == again == 0
+    for text, head in (
+        (alone, ["benchmark", "measure", "n", "value", "95", "%", "interval"]),
+        (out, ["benchmark", "measure", "n", "before", "after", "change", "95", "%", "interval",
+               "verdict"]),
+    ):  # fmt: skip
+        lines = [line.split() for line in text.splitlines()]
+        assert head in lines
+        rows = [tuple(line[:2]) for line in lines]
+        assert all((title, m) in rows for title, names in MEASURES.items() for m in names)
+    assert "adapter at strength 1" in out.splitlines()
+    assert [line.partition(":")[0] for line in out.splitlines() if line.endswith(".")][:3] == [
+        "Better", "Worse", "Cannot be told"
+    ]  # fmt: skip
+    assert "evaluation.json" in out.splitlines()[-1]
+
+
+def test_models_of_the_same_name_keep_apart(run_json, evaluate, place, adapter, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "merged")
+
+    result = run_json(*evaluate, "--adapter", adapter, "--strength", "1", "1",
+                      "--edited_model", place / "merged",
+                      "--edited_model", tmp_path / "merged")  # fmt: skip
+
+    rows = {edit["label"]: edit["rows"] for edit in result["edited"]}
+    assert list(rows) == [
+        "adapter at strength 1", "adapter at strength 1 (2)", "merged", "merged (2)"
+    ]  # fmt: skip
+    assert rows["adapter at strength 1"] == rows["adapter at strength 1 (2)"] == rows["merged"]
+    assert all(row["before"] == row["after"] for row in rows["merged (2)"])
+
+
+def test_models_of_the_same_name_with_brackets_keep_apart(run_json, evaluate, place, tmp_path):
+    for folder in ("one", "two"):
+        shutil.copytree(place / "base", tmp_path / folder / "model (1)")
+
+    result = run_json(*evaluate, "--edited_model", tmp_path / "one" / "model (1)",
+                      "--edited_model", tmp_path / "two" / "model (1)")  # fmt: skip
+
+    assert len(result["edited"]) == 2
+
+
+@pytest.fixture
+def bad_evaluations(place, trained, adapter, bias_data, tmp_path, monkeypatch):
+    """Arguments with what is wrong with them, and words of the message."""
+    download = suite.snapshot_download
+
+    def offline(repo_id, **options):  # a name that is none is refused without a network
+        if repo_id.startswith("nobody/"):
+            raise LocalEntryNotFoundError("Cannot find the snapshot on the Hub.\nAre you online?")
+        return download(repo_id, **options)
+
+    monkeypatch.setattr(suite, "snapshot_download", offline)
+    broken = tmp_path / "nan"
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = torch.nan
+    shutil.copytree(place / "base", broken)
+    model.save_pretrained(broken)
+    other = tmp_path / "other" / "bias"
+    shutil.copytree(bias_data / "bias", other)
+    (other / "crows_pairs.csv").write_text("sent_more\n", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
+    base = ("--base_model", place / "base")
+    data = ("--data_dir", bias_data)
+    return {
+        "an unknown benchmark": ((*base, *data, "--benchmarks", "stereoset,stereo"), "'stereo'"),
+        "no benchmark": ((*base, *data, "--benchmarks", ""), "''"),
+        "an unknown variant": ((*base, *data, "--benchmarks", "stereoset:age"), "'age'"),
+        "a variant of nothing": ((*base, *data, "--benchmarks", "crows_pairs:religion"), "is none"),
+        "an empty folder": ((*base, "--data_dir", tmp_path / "empty"), "stereoset.json"),
+        "another file": (
+            (*base, "--data_dir", other.parent, "--benchmarks", "crows_pairs"), "SHA-256"),
+        "no folder and no name of the Hub": (
+            (*base, "--data_dir", tmp_path / "no" / "where"), "is neither"),
+        "no data set": ((*base, "--data_dir", "nobody/nothing"), "is neither"),
+        "a limit of nothing": ((*base, *data, "--limit", "0"), "--limit"),
+        "a negative limit": ((*base, *data, "--limit", "-3"), "--limit"),
+        "a model without weights": (
+            ("--base_model", tmp_path / "empty", *data), "could not be loaded"),
+        "a GRADIEND in place of a model": (("--base_model", trained, *data), "hf-gradiend"),
+        "a model that says NaN": (("--base_model", broken, *data), "NaN"),
+        "an edited model that says NaN": ((*base, *data, "--edited_model", broken), "NaN"),
+        "no edited model": (
+            (*base, *data, "--edited_model", tmp_path / "empty"), "could not be loaded"),
+        "no adapter": ((*base, *data, "--adapter", tmp_path / "empty"), "adapter"),
+        "a model in place of an adapter": ((*base, *data, "--adapter", place / "merged"), ""),
+        "an adapter of another model": (
+            ("--base_model", place / "other", *data, "--adapter", adapter), "shape"),
+        "a strength without an adapter": ((*base, *data, "--strength", "0"), "--adapter"),
+        "a strength that is no number": (
+            (*base, *data, "--adapter", adapter, "--strength", "nan"), "strength"),
+        "no report": ((*base, *data, "--report", tmp_path / "none.json"), "none.json"),
+        "a report that is none": ((*base, *data, "--report", tmp_path / "list.json"), "object"),
+    }  # fmt: skip
+
+
+def test_a_bad_evaluation_is_one_line_and_leaves_no_result(run, bad_evaluations, tmp_path):
+    wrong = {}
+    for name, (argv, words) in bad_evaluations.items():
+        out_dir = tmp_path / "out"
+        shutil.rmtree(out_dir, ignore_errors=True)
+        options = () if "--benchmarks" in argv else ("--benchmarks", "stereoset")
+        code, out, err = run("evaluate", "--output_dir", out_dir, *options, *argv, "--json")
+        lines = err.splitlines()
+        left = [path.name for path in out_dir.rglob("*") if path.is_file()]
+        kept = all(name.startswith("stereoset-") for name in left)  # complete values of a model
+        if not (
+            code == 2
+            and len(lines) == 1
+            and lines[0].startswith("hf-gradiend evaluate: ")
+            and words in lines[0]
+            and not out
+            and kept
+            and not any(name.endswith(".partial") for name in left)
+        ):
+            wrong[name] = (code, out[:200], err[-300:], left)
+
+    assert not wrong
+    assert len(bad_evaluations) > 20
+
+
+@pytest.mark.parametrize(
+    "name", ["no adapter", "no edited model", "an adapter of another model", "missing file"]
+)
+def test_what_is_missing_is_said_before_the_base_model_is_asked(
+    run, bad_evaluations, bias_data, place, tmp_path, asked, name
+):
+    if name == "missing file":
+        (bias_data / "bias" / "crows_pairs.csv").unlink()
+        argv = ("--base_model", place / "base", "--data_dir", bias_data)
+    else:
+        argv = bad_evaluations[name][0]
+
+    code, _, _ = run("evaluate", "--output_dir", tmp_path / "out", *argv,
+                     "--benchmarks", "stereoset,crows_pairs", "--json")  # fmt: skip
+
+    assert code == 2
+    assert asked == []
+
+
+def test_the_result_goes_into_the_report_of_a_training(run_json, run, evaluate, trained, tmp_path):
+    report = tmp_path / "report.json"
+    shutil.copy(trained / "report.json", report)
+    before = json.loads(report.read_text("utf-8"))
+
+    result = run_json(*evaluate, "--report", report)
+
+    after = json.loads(report.read_text("utf-8"))
+    assert {**after, "evaluation": None} == {**before, "evaluation": None}
+    assert {"output": result["output"], **after["evaluation"]} == result
+    text = report.read_bytes()
+    code, _, _ = run(*evaluate, "--report", report, "--limit", "0")
+    assert code == 2
+    assert report.read_bytes() == text
+
+
+# ---- edits over a grid ----
+
+SLOTTED = [
+    "the doctor said that [TARGET] was late .",
+    "the nurse went home because [TARGET] was tired .",
+    "when the nurse came home , [TARGET] was tired .",
+    "the doctor was late because [TARGET] was tired .",
+]
+PLAIN = [
+    "the doctor took the red coat home .",
+    "the day was long because the rain began .",
+    "the nurse took the coat off .",
+]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Options with prompts and neutral texts of our own."""
+    for name, lines in (("prompts", SLOTTED), ("neutral", PLAIN)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "--prompts", tmp_path / "prompts.txt", "--neutral", tmp_path / "neutral.txt"
+
+
+GRID = ("--feature_factors", "-1", "0", "1", "--step_sizes", "-0.1", "-0.02", "0.02", "0.1")
+
+
+def test_decoding_measures_a_grid_and_judges_what_each_rule_chooses(
+    run_json, place, trained, texts, tmp_path
+):
+    result = run_json("decode", "--gradiend", trained, "--output_dir", tmp_path / "out", *texts,
+                      *GRID, "--max_trials", "3")  # fmt: skip
+
+    file = tmp_path / "out" / "decoder.json"
+    report = json.loads(file.read_text("utf-8"), parse_constant=pytest.fail)
+    assert {"output": str(file), **{k: v for k, v in report.items() if k != "grid"}} == result
+    assert (tmp_path / "out" / "decoder.png").stat().st_size > 1_000
+    assert report["classes"] == ["F", "M"]
+    assert [(row["feature_factor"], row["step_size"]) for row in report["grid"]] == [
+        (h, alpha) for h in (-1.0, 0.0, 1.0) for alpha in (-0.1, -0.02, 0.02, 0.1)
+    ]
+    assert len(report["choices"]) + len(report["without_choice"]) == 7
+    # By hand: the first half of the prompts chooses, the second half judges.
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    gradiend = GradiendModel.from_pretrained(trained)
+    choosing, judging = (
+        EditProbe([{"text": t} for t in prompts], (["she"], ["he"]), neutral, model, tokenizer)
+        for prompts, neutral in (
+            (SLOTTED[:2], PLAIN[:1]), (SLOTTED[2:], [" ".join(PLAIN[1:])])
+        )
+    )  # fmt: skip
+    for key, probe in (("before", choosing), ("judged_before", judging)):
+        assert report[key] == {**vars(probe.measure()), "p_others": []}
+    for choice in (report["choices"][0], report["choices"][-1]):
+        with gradiend.edited(model, choice["feature_factor"], choice["step_size"]):
+            assert choice["chosen_after"] == {**vars(choosing.measure()), "p_others": []}
+            assert choice["judged_after"] == {**vars(judging.measure()), "p_others": []}
+
+
+def test_decoding_gender_needs_no_texts(run, trained, tmp_path):
+    code, out, _ = run("decode", "--gradiend", trained, "--output_dir", tmp_path / "out",
+                       "--feature_factors", "0", "1", "--step_sizes", "-0.02", "0.02",
+                       "--max_trials", "1")  # fmt: skip
+
+    assert code == 0
+    report = json.loads((tmp_path / "out" / "decoder.json").read_text("utf-8"))
+    assert len(report["grid"]) == 4
+    lines = out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("rule, judged"))
+    assert lines[head].split()[-5:] == ["imbalance", "mass", "p_plus", "p_minus", "lm_score"]
+    assert lines[head + 2].startswith("base model")
+    for number, choice in enumerate(report["choices"]):
+        row = lines[head + 3 + number]
+        assert row.startswith(f"{choice['criterion']}, {choice['rule']} ")
+        assert f"{choice['judged_after']['imbalance']:.4f}" in row
+    assert "decoder.json" in lines[-1]
+
+
+# The base model itself, and edits that all break it.
+@pytest.mark.parametrize(("step_size", "n_points"), [("0", 1), ("1e38", 0)])
+def test_a_grid_without_a_better_edit_is_told(run, trained, texts, tmp_path, step_size, n_points):
+    code, out, _ = run("decode", "--gradiend", trained, "--output_dir", tmp_path / "out", *texts,
+                       "--feature_factors", "1", "--step_sizes", step_size)  # fmt: skip
+
+    assert code == 0
+    report = json.loads((tmp_path / "out" / "decoder.json").read_text("utf-8"))
+    assert (len(report["grid"]), len(report["choices"])) == (n_points, 0)
+    assert len(report["without_choice"]) == 7
+    assert sum(line.endswith("no edit is better than the base model.")
+               for line in out.splitlines()) == 7  # fmt: skip
+    assert (tmp_path / "out" / "decoder.png").is_file() or not n_points
+
+
+def test_a_bad_decoding_is_one_line_and_leaves_no_result(run, place, trained, texts, tmp_path):
+    of_others = tmp_path / "of-others"
+    shutil.copytree(trained, of_others)
+    config = json.loads((of_others / "config.json").read_text("utf-8"))
+    config["feature_words"] = {"F": ["was"], "M": ["the"]}
+    (of_others / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name, lines in (("one", SLOTTED[:1]), ("plain", PLAIN), ("slotted", SLOTTED)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+    begun = ["[TARGET] was late .", "[TARGET] came home .", *SLOTTED[:2]]
+    (tmp_path / "begun.txt").write_text("\n".join(begun), encoding="utf-8")
+    neutral = texts[2:]
+    mine = ("--gradiend", trained)
+    bad = {
+        "half a grid": ((*mine, *texts, "--step_sizes", "0.1"), "--feature_factors"),
+        "the other half": ((*mine, *texts, "--feature_factors", "0"), "--step_sizes"),
+        "no GRADIEND": (("--gradiend", tmp_path / "none", *texts), "could not be loaded"),
+        "a model in its place": (("--gradiend", place / "base", *texts), "GRADIEND"),
+        "another base model": ((*mine, *texts, "--base_model", place / "other"), "shape"),
+        "no base model": ((*mine, *texts, "--base_model", tmp_path / "none"), "be loaded"),
+        "no prompts there": ((*mine, "--prompts", tmp_path / "none.txt"), "none.txt"),
+        "one prompt": ((*mine, "--prompts", tmp_path / "one.txt"), "two or more"),
+        "prompts without a slot": ((*mine, "--prompts", tmp_path / "plain.txt"), "[TARGET]"),
+        "prompts without room": (
+            (*mine, "--prompts", tmp_path / "begun.txt", *neutral), "room for its target"),
+        "neutral texts with a slot": (
+            (*mine, "--neutral", tmp_path / "slotted.txt"), "without the slot"),
+        "one neutral text": (
+            (*mine, *texts[:2], "--neutral", write_lines(tmp_path / "line.txt", PLAIN[:1])),
+            "neutral texts"),
+        "another feature without prompts": (("--gradiend", of_others, *neutral), "[TARGET]"),
+        "a folder that cannot be written": (
+            (*mine, *texts, "--output_dir", tmp_path / "one.txt" / "out"), "cannot be written"),
+    }  # fmt: skip
+
+    wrong = {}
+    for name, (argv, words) in bad.items():
+        out_dir = tmp_path / "out"
+        shutil.rmtree(out_dir, ignore_errors=True)
+        code, out, err = run("decode", "--output_dir", out_dir, *GRID[:0], *argv, "--json")
+        lines = err.splitlines()
+        fine = code == 2 and len(lines) == 1 and words in lines[0] and not out
+        if not fine or list(out_dir.glob("*")):
+            wrong[name] = (code, out[:200], err[-300:])
+
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--feature_factors", "0", "--step_sizes", "nan"),
+        ("--feature_factors", "inf", "--step_sizes", "0.1"),
+        ("--feature_factors", "0", "--step_sizes", "0.1", "--max_trials", "-1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(run, trained, texts, monkeypatch, tmp_path, options):
+    monkeypatch.setattr(decode, "plot_decoder", lambda _report, path: path)
+
+    code, _, _ = run("decode", "--gradiend", trained, "--output_dir", tmp_path / "out", *texts,
+                     *options, "--json")  # fmt: skip
+
+    assert code == 2
 
 
 def test_the_quickstart_writes_everything_and_says_it(run_json, place, tmp_path):
@@ -382,8 +843,6 @@ def bad_input(place, trained, tmp_path):
     train = ["train", "--base_model", place / "base", "--output_dir", tmp_path / "out"]
     with_data = [*train, "--dataset", place / "data.jsonl"]
     encode = ["encode", "--dataset", place / "data.jsonl", "--gradiend"]
-    evaluate = ["evaluate", "--base_model", place / "base", "--data_dir", tmp_path,
-                "--output_dir", tmp_path / "out"]  # fmt: skip
     adapt = ["adapt", "--output_dir", tmp_path / "out", "--gradiend"]
     full = tmp_path / "full"
     full.mkdir()
@@ -445,13 +904,6 @@ def bad_input(place, trained, tmp_path):
             ["adapt", "--gradiend", trained, "--output_dir", full], "new or empty folder"),
         "the folder of the GRADIEND itself": (
             ["adapt", "--gradiend", trained, "--output_dir", trained], "new or empty folder"),
-        "an unknown benchmark": ([*evaluate, "--benchmarks", "stereo"], "'stereo'"),
-        "a benchmark's file that is not there": (
-            [*evaluate, "--benchmarks", "crows_pairs"], "crows_pairs.csv"),
-        "a strength of nothing": ([*evaluate, "--strength", "1"], "--adapter"),
-        "a limit of no items": ([*evaluate, "--limit", "0"], "--limit"),
-        "an adapter that is not there": (
-            [*evaluate, "--benchmarks", "seat", "--adapter", tmp_path / "none"], "adapter"),
         "a quickstart without a folder": (
             ["quickstart", "--base_model", place / "base", "--output_dir", tmp_path / "file" / "q"],
             "cannot be written"),

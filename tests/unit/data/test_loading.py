@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from hf_gradiend.data.loading import (
     load_feature_dataset,
     load_neutral_texts,
+    load_prompts,
     validate_feature_dataset,
 )
 from hf_gradiend.errors import ConfigError, DataError
@@ -330,7 +331,7 @@ def test_neutral_texts_of_a_folder_are_those_of_all_splits(tmp_path):
 def test_an_empty_file_of_neutral_texts_is_an_error(tmp_path, content):
     (tmp_path / "neutral.txt").write_text(content, encoding="utf-8")
 
-    with pytest.raises(DataError, match="at least one neutral text"):
+    with pytest.raises(DataError, match="at least one text"):
         load_neutral_texts(tmp_path / "neutral.txt")
 
 
@@ -346,6 +347,68 @@ def test_neutral_data_without_texts_or_file_are_errors(tmp_path):
         load_neutral_texts(write_jsonl(tmp_path / "data.jsonl", [{"word": "x"}]))
     with pytest.raises(DataError, match="Cannot read text from"):
         load_neutral_texts(tmp_path / "missing.txt")
+
+
+# ---- prompts ----
+
+PROMPTS = ["She said that [TARGET] was late.", "[TARGET] came, and [TARGET] left."]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "prompts.csv", "folder"])
+def test_prompts_are_read_from_whatever_neutral_texts_are(tmp_path, name):
+    place = tmp_path / name
+    if name == "prompts.txt":
+        place.write_text("\n".join([*PROMPTS, "", " "]), encoding="utf-8")
+    elif name == "folder":
+        write_jsonl(place / "train.jsonl", [{"text": PROMPTS[0]}])
+        write_jsonl(place / "test.jsonl", [{"text": PROMPTS[1]}])
+    else:
+        write(place, [{"text": text, "more": "x"} for text in PROMPTS])
+
+    assert load_prompts(place) == PROMPTS
+    with pytest.raises(DataError, match="without the slot"):
+        load_neutral_texts(place)  # the control: the two kinds of text are told apart
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([], "at least one text"),
+        (["", "  "], "at least one text"),
+        (PROMPTS[:1], "but got one."),
+        ([*PROMPTS, "Anna was late."], "but got 'Anna was late.'."),
+        ([*PROMPTS, "[target] came.", "[TARGET ] came."], "'[target] came.'; '[TARGET ] came.'."),
+        (["No slot."], "'No slot.'"),
+    ],
+)
+def test_texts_that_are_no_prompts_are_an_error_that_names_them(tmp_path, lines, words):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+    with pytest.raises(DataError) as caught:
+        load_prompts(file)
+
+    line = str(caught.value)
+    assert words in line
+    assert str(file) in line
+    assert "\n" not in line
+
+
+def test_many_texts_without_a_slot_are_counted(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"Text {number}." for number in range(9)), encoding="utf-8")
+
+    with pytest.raises(DataError, match=r"'Text 4\.'; and 4 more"):
+        load_prompts(file)
+
+
+def test_prompts_that_are_not_there_are_an_error(tmp_path):
+    with pytest.raises(DataError, match="Cannot read text from"):
+        load_prompts(tmp_path / "missing.txt")
+    with pytest.raises(DataError, match="no file or folder"):
+        load_prompts(tmp_path / "missing.jsonl")
+    with pytest.raises(DataError, match=r"\['text'\] are missing"):
+        load_prompts(write_jsonl(tmp_path / "data.jsonl", [{"prompt": PROMPTS[0]}]))
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "gender").is_dir(), reason="needs shared/data/gender")

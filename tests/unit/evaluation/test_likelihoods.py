@@ -33,7 +33,6 @@ def scored(lm, texts, **options):
     return likelihoods.log_probabilities(readings, "")
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
 def test_log_probabilities_are_those_of_transformers_alone(make_lm, family):
     lm = make_lm(family)
 
@@ -76,3 +75,39 @@ def test_a_broken_model_and_texts_without_tokens_are_refused(make_lm):
         next(lm.model.parameters()).fill_(torch.nan)
     with pytest.raises(NumericalError, match="NaN"):
         scored(lm, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "n_tokens"),
+    [
+        *((family, n) for family in ("bert", "gpt2") for n in (64, 65, 66, 67)),
+        *(("roberta", n) for n in (64, 65, 66, 67)),  # it counts positions from 2
+    ],
+)
+def test_a_text_is_scored_or_refused_at_any_length(make_lm, family, n_tokens):
+    lm = make_lm(family)
+    lm.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    special = 1 if family == "gpt2" else 2
+
+    try:
+        (found,) = scored(lm, [" said" * (n_tokens - special)])
+    except DataError:
+        return
+
+    assert len(found) == n_tokens - special
+    assert bool(found.isfinite().all())
+
+
+def test_equal_inputs_are_read_once_and_tokens_of_one_input_share_it(make_lm):
+    lm = make_lm("gpt2")
+    rows = []
+    handle = lm.model.register_forward_pre_hook(
+        lambda _module, _args, options: rows.extend(options["input_ids"].tolist()), with_kwargs=True
+    )
+
+    twice = scored(lm, [TEXTS[0], TEXTS[1], TEXTS[0]])
+    handle.remove()
+
+    assert len(rows) == 2
+    assert torch.equal(twice[0], twice[2])
+    assert not torch.equal(twice[0], twice[1])  # the control

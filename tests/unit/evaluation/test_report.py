@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -6,13 +7,15 @@ from datasets import Dataset
 
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.templates import occupation_prompts, picture_prompts, transfer_pairs
-from hf_gradiend.errors import ConfigError
+from hf_gradiend.errors import ConfigError, DataError
 from hf_gradiend.evaluation import report as report_module
-from hf_gradiend.evaluation.decoder import EditProbe
+from hf_gradiend.evaluation.probe import EditProbe
 from hf_gradiend.evaluation.report import (
+    WITH_MARGIN,
     Origin,
     build_report,
     choose_gender_edit,
+    edit_probes,
     feature_words,
     is_gender,
     read_encoder,
@@ -90,8 +93,9 @@ def test_a_report_says_what_was_measured(gradiend, encoder, judged):
     split = report["encoder"]["splits"]["test"]
     assert split["correlation"]["value"] == encoder.splits["test"].correlation.value
     assert report["edit"]["step_size"] == judged.choice.step_size
-    assert report["before"] == vars(judged.before)
-    assert report["after"] == vars(judged.after)
+    assert report["edit"]["rule"] == asdict(WITH_MARGIN)
+    assert report["before"] == {**vars(judged.before), "p_others": []}
+    assert report["after"] == {**vars(judged.after), "p_others": []}
     assert set(report["energy"]) == set(gradiend.names)
     assert report["base_model"] == "tiny"
 
@@ -171,6 +175,55 @@ def test_a_decoder_of_zeros_gives_no_judged_edit(planted, gradiend):
         choose_gender_edit(gradiend, planted.model, planted.tokenizer, max_trials=4, progress=False)
         is None
     )
+
+
+# ---- texts of one's own ----
+
+SLOTTED = [
+    "the doctor said that [TARGET] was late .",
+    "the nurse went home because [TARGET] was tired .",
+    "when the nurse came home , [TARGET] was tired .",
+]
+
+
+def test_prompts_of_ones_own_choose_and_judge_in_halves(planted, gradiend):
+    choosing, judging = edit_probes(
+        gradiend, planted.model, planted.tokenizer, prompts=SLOTTED, neutral_texts=NEUTRAL
+    )
+
+    words = (["she"], ["he"])
+    for probe, texts, neutral in (
+        (choosing, SLOTTED[:1], [" ".join(NEUTRAL[:2])]),
+        (judging, SLOTTED[1:], [" ".join(NEUTRAL[2:])]),
+    ):
+        rows = [{"text": text} for text in texts]
+        alone = EditProbe(rows, words, neutral, planted.model, planted.tokenizer)
+        assert probe.measure() == alone.measure()
+    assert choosing.measure() != judging.measure()  # the control
+
+
+def test_the_package_s_occupations_are_the_default_for_gender_alone(planted, gradiend):
+    probes = edit_probes(gradiend, planted.model, planted.tokenizer, neutral_texts=NEUTRAL)
+
+    assert [probe.n_texts for probe in probes] == [
+        len(occupation_prompts("choose")), len(occupation_prompts("judge"))
+    ]  # fmt: skip
+    gradiend.config.feature_words = {"F": ["was"], "M": ["the"]}
+    with pytest.raises(ConfigError, match=r"Pass prompts with the slot \[TARGET\]"):
+        edit_probes(gradiend, planted.model, planted.tokenizer)
+    others = edit_probes(
+        gradiend, planted.model, planted.tokenizer, prompts=SLOTTED, neutral_texts=NEUTRAL
+    )
+    assert [probe.n_texts for probe in others] == [1, 2]
+
+
+def test_one_prompt_or_one_neutral_text_cannot_be_halved(planted, gradiend):
+    model = (gradiend, planted.model, planted.tokenizer)
+
+    with pytest.raises(DataError, match="at least one text with room"):
+        edit_probes(*model, prompts=SLOTTED[:1], neutral_texts=NEUTRAL)
+    with pytest.raises(DataError, match="neutral texts with tokens"):
+        edit_probes(*model, prompts=SLOTTED, neutral_texts=NEUTRAL[:1])
 
 
 @pytest.mark.parametrize(

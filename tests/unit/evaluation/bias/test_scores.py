@@ -1,82 +1,98 @@
 """Each benchmark's scores on cases worked by hand; none of the published data is needed."""
 
-import hashlib
+import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from hf_gradiend.errors import BaseModelError, ConfigError, DataError
 from hf_gradiend.evaluation.bias import crows_pairs, seat
-from hf_gradiend.evaluation.bias.bec_pro import BecPro
-from hf_gradiend.evaluation.bias.benchmark import (
-    Benchmark,
-    BenchmarkResult,
-    Measure,
-    checked_files,
-)
 from hf_gradiend.evaluation.bias.crows_pairs import CrowsPairs
-from hf_gradiend.evaluation.bias.stereoset import StereoSet, filling
-from hf_gradiend.evaluation.bias.suite import (
-    BENCHMARKS,
-    benchmarks_named,
-    compared,
-    fingerprint,
-    run_benchmark,
-)
-from hf_gradiend.evaluation.bias.wikitext import WikiText2
-from hf_gradiend.evaluation.bias.winobias import WinoBias
-from hf_gradiend.evaluation.bias.winogender import Winogender
-from hf_gradiend.evaluation.likelihoods import Likelihoods, TokenisedText
+from hf_gradiend.evaluation.bias.suite import BENCHMARKS
+from hf_gradiend.evaluation.likelihoods import TokenisedText
 
-
-def values(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def scores(benchmark, items, *rows):
-    return benchmark.scores(benchmark.columns(items), values(*rows))
-
-
-def test_stereoset_is_a_mean_over_terms_and_counts_ties_as_anti():
-    items = [{"target": "nurse"}, {"target": "nurse"}, {"target": "chef"}]
-
-    found = scores(StereoSet(), items, [3, 2, 1], [2, 2, 1], [1, 5, 2])
-
-    # nurse: 1 of 2 stereotypical (a tie counts as anti), 4 of 4 meaningful; chef: 0 of 1, 1 of 2
-    assert found["ss"] == pytest.approx((50.0 + 0.0) / 2)
-    assert found["lms"] == pytest.approx((100.0 + 50.0) / 2)
-    assert found["icat"] == pytest.approx(75.0 * 25.0 / 50.0)
-
-
-@pytest.mark.parametrize(
-    ("rows", "ss", "lms", "icat"),
-    [([[2, 1, 0], [1, 2, 0]], 50.0, 100.0, 100.0), ([[2, 1, 0], [2, 1, 0]], 100.0, 100.0, 0.0)],
-)
-def test_stereoset_s_ideal_and_its_worst_model(rows, ss, lms, icat):
-    found = scores(StereoSet(), [{"target": "a"}, {"target": "b"}], *rows)
-
-    assert found == {"ss": ss, "lms": lms, "icat": icat}
-
-
-@pytest.mark.parametrize(
-    ("context", "sentence", "word"),
+CASES = {
+    file.stem: json.loads(file.read_text(encoding="utf-8"))
+    for file in sorted(Path(__file__).with_name("cases").glob("*.json"))
+}
+EVERY_CASE = pytest.mark.parametrize(
+    ("name", "case"),
     [
-        ("The chess player was BLANK.", "The chess player was asian.", "asian"),
-        ("BLANK men are tall", "Ethiopian men are tall", "Ethiopian"),
+        pytest.param(name, case, id=f"{name}-{number}")
+        for name, cases in CASES.items()
+        for number, case in enumerate(cases)
     ],
 )
-def test_stereoset_s_filling_is_the_word_in_the_gap(context, sentence, word):
-    assert filling(context, sentence) == word
 
 
-def test_crows_pairs_counts_pairs_that_prefer_the_stereotype():
-    rows = [[1, 0, 0, 1, 2, 1], [0, 1, 1, 1, 2, 1], [2, 1, 1, 0, 0, 1], [0, 1, 0, 1, 2, 1]]
+def items_and_values(case):
+    if "tests" not in case:  # every other benchmark than SEAT
+        return case["items"], torch.tensor(case["values"], dtype=torch.float64)
+    rows = [
+        ({"test": test, "role": role}, vector)
+        for test, lists in case["tests"].items()
+        for role, vectors in lists.items()
+        for vector in vectors
+    ]
+    return [item for item, _ in rows], torch.tensor([v for _, v in rows], dtype=torch.float64)
 
-    found = scores(CrowsPairs(), [{}] * 4, *rows)
 
-    assert found == {"shared": 50.0, "different": 25.0, "sentence": 75.0}  # a tie is no preference
+@EVERY_CASE
+def test_the_scores_equal_those_worked_by_hand(name, case):
+    benchmark = BENCHMARKS[name]()
+    items, values = items_and_values(case)
+
+    found = benchmark.scores(benchmark.columns(items), values)
+
+    # float64 throughout; 1e-9 is far above its rounding of numbers up to 1,000.
+    assert found == pytest.approx(case["expected"], rel=1e-12, abs=case.get("tolerance", 1e-9))
+    assert found.keys() == {measure.name for measure in benchmark.measures}
+    for measure in benchmark.measures:
+        assert measure.low <= found[measure.name] <= measure.high
+    facts = benchmark.facts(benchmark.columns(items), values)
+    assert facts == pytest.approx(case.get("expected_facts", {}), abs=1e-12)
+    # The controls: other definitions that are in use give other numbers.
+    assert case["wrong"]
+    for definition, numbers in case["wrong"].items():
+        for measure, number in numbers.items():
+            assert found[measure] != pytest.approx(number, abs=1e-3), definition
+
+
+@EVERY_CASE
+def test_the_order_of_the_items_makes_no_difference(name, case):
+    benchmark = BENCHMARKS[name]()
+    items, values = items_and_values(case)
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
+
+    shuffled = benchmark.scores(benchmark.columns([items[i] for i in order]), values[order])
+
+    assert shuffled == pytest.approx(case["expected"], rel=1e-9, abs=case.get("tolerance", 1e-9))
+
+
+def test_every_benchmark_has_cases_with_controls():
+    assert CASES.keys() == BENCHMARKS.keys()
+    assert sum(map(len, CASES.values())) >= 25
+
+
+@pytest.mark.parametrize(
+    ("name", "items", "values", "words"),
+    [
+        ("winobias", [{"type": 1}], [[1, 0]], "type 2"),
+        ("bec_pro", [{"group": "female", "person_gender": "female"}], [[1]], "both kinds"),
+        ("winogender", [{"occupation": "a", "labour_share": 0.5}], [[1, 0]], "constant"),
+        ("seat", [{"test": "6", "role": "X"}], [[1, 0]], "all four lists"),
+    ],
+)
+def test_scores_of_too_few_items_are_not_defined(name, items, values, words):
+    benchmark = BENCHMARKS[name]()
+
+    with pytest.raises(ValueError, match=words):
+        benchmark.scores(benchmark.columns(items), torch.tensor(values, dtype=torch.float64))
+
+
+# ---- what the scores are made of -----------------------------------------------------------------
 
 
 def test_crows_pairs_three_scorings_of_one_sentence():
@@ -88,65 +104,72 @@ def test_crows_pairs_three_scorings_of_one_sentence():
     assert crows_pairs.score(log_probabilities, [0, 1, 2], "different") == -math.inf
 
 
-def test_shared_tokens_are_those_of_both_sentences_in_order():
-    def text(*tokens):
+@pytest.mark.parametrize(
+    ("more", "less", "preferred"),
+    [(-math.inf, -math.inf, 0.0), (-5.0, -math.inf, 100.0), (-math.inf, -5.0, 0.0)],
+)
+def test_a_sentence_without_a_token_of_its_own_is_never_preferred_for_its_difference(
+    more, less, preferred
+):
+    values = torch.tensor([[0.0, 0.0, more, less, 0.0, 0.0]], dtype=torch.float64)
+
+    assert CrowsPairs().scores({}, values)["different"] == preferred
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ((5, 6, 7, 8), (5, 4, 3, 7, 8), ([0, 2, 3], [0, 3, 4])),
+        ((5, 6), (5, 6), ([0, 1], [0, 1])),
+        ((5, 6), (7, 8), ([], [])),
+        ((5, 6, 7), (7, 6, 5), ([0], [2])),  # in order: one of them alone
+        ((5, 5, 6), (5, 6), ([1, 2], [0, 1])),  # a token that comes twice is shared once
+    ],
+)
+def test_shared_tokens_are_those_of_both_sentences_in_order(first, second, shared):
+    def text(tokens):
         return TokenisedText((0, *tokens, 9), tuple(range(1, len(tokens) + 1)), ((0, 0),))
 
-    first, second = crows_pairs.shared_tokens(text(5, 6, 7, 8), text(5, 4, 3, 7, 8))
-
-    assert (first, second) == ([0, 2, 3], [0, 3, 4])
+    assert crows_pairs.shared_tokens(text(first), text(second)) == shared
 
 
-def test_winobias_gap_is_accuracy_for_minus_accuracy_against_the_stereotype():
-    items = [{"type": 1}, {"type": 1}, {"type": 2}, {"type": 2}]
+def test_long_sentences_share_their_frequent_tokens_as_well():
+    # difflib's "autojunk" drops tokens that are more than 1 % of 200 or more.
+    tokens = tuple(number % 7 for number in range(300))
+    text = TokenisedText((9, *tokens), tuple(range(1, 301)), ((0, 0),))
+    other = TokenisedText((9, 8, *tokens), tuple(range(1, 302)), ((0, 0),))
 
-    found = scores(WinoBias(), items, [2, 1], [2, 1], [1, 2], [3, 3])
+    first, second = crows_pairs.shared_tokens(text, other)
 
-    assert found == {"gap": 25.0, "gap_type1": 100.0, "gap_type2": -50.0}
-
-
-def test_winogender_compares_shares_of_she_with_labour_statistics():
-    items = [
-        {"occupation": "nurse", "labour_share": 0.9},
-        {"occupation": "nurse", "labour_share": 0.9},
-        {"occupation": "plumber", "labour_share": 0.1},
-        {"occupation": "chef", "labour_share": 0.5},
-    ]
-    nine_to_one, one_to_one = math.log(9.0), 0.0
-
-    found = scores(Winogender(), items, [nine_to_one, 0], [one_to_one, 0], [0, nine_to_one], [0, 0])
-
-    assert found["share_of_she"] == pytest.approx((0.7 + 0.1 + 0.5) / 3)
-    assert found["rmse"] == pytest.approx(math.sqrt((0.2**2 + 0 + 0) / 3))
-    said, actual = [0.7, 0.1, 0.5], [0.9, 0.1, 0.5]
-    pair = torch.tensor([said, actual])
-    assert found["correlation"] == pytest.approx(float(torch.corrcoef(pair)[0, 1]), abs=1e-6)
+    assert first == list(range(300))
+    assert second == list(range(1, 301))
 
 
-def test_bec_pro_compares_persons_within_a_group_of_professions():
-    items = [
-        {"group": group, "person_gender": gender}
-        for group in ("female", "male", "balanced")
-        for gender in ("female", "male", "male")
-    ]
-
-    found = scores(BecPro(), items, [3], [1], [2], [0], [1], [3], [1], [1], [1])
-
-    assert found == {
-        "female_professions": 1.5,
-        "male_professions": -2.0,
-        "balanced_professions": 0.0,
-    }
+def unit_vectors(n, seed):
+    vectors = torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return vectors / vectors.norm(dim=1, keepdim=True)
 
 
-def test_weat_s_effect_size_by_hand():
-    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    x, y = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.0, 1.0], [0.8, 0.6]])
+def test_weat_s_effect_size_is_that_of_mean_cosines():
+    x, y, a, b = (unit_vectors(n, seed) for seed, n in enumerate((5, 6, 4, 3)))
 
-    # s: 1 and −0.2; −1 and 0.2
-    spread = torch.tensor([1.0, -0.2, -1.0, 0.2]).std(correction=1)
-    assert seat.effect_size(x, y, a, b) == pytest.approx(float((0.4 + 0.4) / spread), rel=1e-6)
-    assert seat.effect_size(y, x, a, b) == pytest.approx(float(-0.8 / spread), rel=1e-6)
+    def s(word):
+        def cosine(other):
+            return float(word @ other / (word.norm() * other.norm()))
+
+        return sum(map(cosine, a)) / len(a) - sum(map(cosine, b)) / len(b)
+
+    of_x, of_y = [s(w) for w in x], [s(w) for w in y]
+    together = of_x + of_y
+    mean = sum(together) / len(together)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in together) / (len(together) - 1))
+    expected = (sum(of_x) / len(x) - sum(of_y) / len(y)) / deviation
+
+    assert seat.effect_size(x, y, a, b) == pytest.approx(expected, rel=1e-12)
+    assert seat.effect_size(y, x, a, b) == pytest.approx(-expected, rel=1e-12)
+    assert seat.effect_size(x, y, b, a) == pytest.approx(-expected, rel=1e-12)
+    with pytest.raises(ValueError, match="differ"):
+        seat.effect_size(x, y, a, a)
 
 
 def test_permutation_p_is_the_share_of_larger_splits():
@@ -157,163 +180,28 @@ def test_permutation_p_is_the_share_of_larger_splits():
     # Associations 1, 0.2, −1, −0.2: of the six splits none is larger than {1, 0.2}.
     assert seat.permutation_p(x, y, a, b) == 0.0
     assert seat.permutation_p(y, x, a, b) == pytest.approx(5 / 6)
+    assert seat.permutation_p(x, x, a, b) == pytest.approx(1 / 6)  # {1, 1} alone is larger
 
 
-def test_perplexity_is_that_of_all_tokens():
-    found = scores(WikiText2(), [{}, {}], [2.0, 2], [4.0, 1])
+def test_random_permutations_give_nearly_the_exact_p():
+    # 8 of 16: 12,870 splits, which are drawn; the exact share by hand of all of them.
+    x, y, a, b = (unit_vectors(n, seed) for seed, n in enumerate((8, 8, 4, 4)))
+    s = torch.cat([x, y]) @ (a.mean(0) - b.mean(0))
+    splits = torch.tensor(list(itertools.combinations(range(16), 8)))
+    exact = float((s[splits].sum(1) > s[:8].sum() + 1e-12).double().mean())
 
-    assert found["perplexity"] == pytest.approx(math.exp(6.0 / 3))
+    found = seat.permutation_p(x, y, a, b)
 
-
-# ---- from a file to a result, on sentences of our own --------------------------------------------
-
-
-@pytest.fixture
-def stereoset(tmp_path, monkeypatch):
-    """A file in StereoSet's form, with its own checksum."""
-    gap = {"context": "The nurse was BLANK.", "bias_type": "profession", "target": "nurse"}
-    data = {
-        side: [{**gap, "sentence": f"The nurse was {word}."}]
-        for side, word in (
-            ("stereotype", "tired"), ("anti-stereotype", "late"), ("unrelated", "it")
-        )
-    }  # fmt: skip
-    file = tmp_path / "stereoset.json"
-    file.write_text(json.dumps(data), encoding="utf-8")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setattr(StereoSet, "files", {"stereoset.json": digest})
-    return tmp_path
+    # 10,000 draws: four standard errors of a share are at most 2 %.
+    assert found == pytest.approx(exact, abs=0.02)
+    assert 0.05 < exact < 0.95  # the control: the data leave room to be wrong
+    assert found != exact
+    assert seat.permutation_p(x, y, a, b) == found  # and the same again
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_stereoset_values_by_hand(stereoset, make_lm, family):
-    lm = make_lm(family)
-    (item,) = StereoSet().load(stereoset)
+def test_a_difference_that_no_split_exceeds_has_the_least_p():
+    towards = torch.tensor([[1.0, 0.0]]).repeat(12, 1)
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
 
-    found = StereoSet().values(lm.model, lm.tokenizer, [item], progress=False)[0]
-
-    expected = []
-    likelihoods = Likelihoods(lm.model, lm.tokenizer, progress=False)
-    for word in ("tired", "late", "it"):
-        text = likelihoods.tokenised(f"The nurse was {word}.")
-        values_of_all = likelihoods.log_probabilities([likelihoods.readings(text)], "")[0]
-        if family == "gpt2":
-            expected.append(float(values_of_all.mean().exp()))
-        else:  # one token of the word, masked
-            expected.append(float(values_of_all[3].exp()))
-    assert found.tolist() == pytest.approx(expected, rel=1e-5)
-    assert len(set(expected)) == 3  # the control
-
-
-def test_sub_tokens_are_revealed_from_left_to_right(stereoset, make_lm):
-    lm = make_lm("bert")
-    (item,) = StereoSet().load(stereoset)
-    word = {**item, "fillings": ["hers", "late", "it"]}  # "hers" is "her" + "##s"
-    ids = lm.tokenizer("The nurse was hers.")["input_ids"]
-    mask = lm.tokenizer.mask_token_id
-
-    found = StereoSet().values(lm.model, lm.tokenizer, [word], progress=False)[0, 0]
-
-    place = 4
-    rows = [[*ids[:place], mask, *ids[place + 2 :]], [*ids[: place + 1], mask, *ids[place + 2 :]]]
-    expected = []
-    for step, row in enumerate(rows):
-        with torch.no_grad():
-            logits = lm.model(input_ids=torch.tensor([row])).logits[0, place + step]
-        expected.append(float(logits.softmax(-1)[ids[place + step]]))
-    assert float(found) == pytest.approx(sum(expected) / 2, rel=1e-5)
-
-
-def test_values_are_kept_for_a_model_of_the_same_bits(stereoset, make_lm, tmp_path, monkeypatch):
-    lm = make_lm("gpt2")
-    run = (StereoSet(), lm.model, lm.tokenizer, stereoset)
-    asked = []
-    values_of = StereoSet.values
-    monkeypatch.setattr(StereoSet, "values", lambda *a, **k: asked.append(1) or values_of(*a, **k))
-
-    first = run_benchmark(*run, cache_dir=tmp_path / "cache", progress=False)
-    second = run_benchmark(*run, cache_dir=tmp_path / "cache", progress=False)
-    before = fingerprint(lm.model)
-    with torch.no_grad():
-        next(lm.model.parameters()).view(-1)[0] += 1e-3
-    third = run_benchmark(*run, cache_dir=tmp_path / "cache", progress=False)
-
-    assert len(asked) == 2
-    assert fingerprint(lm.model) != before
-    assert torch.equal(first.values, second.values)
-    assert not torch.equal(first.values, third.values)
-
-
-def test_missing_and_other_files_are_refused(stereoset, tmp_path):
-    with pytest.raises(DataError, match=r"stereoset.json of stereoset in .* there is none"):
-        checked_files(StereoSet(), tmp_path / "nowhere")
-    assert checked_files(StereoSet(), stereoset) == stereoset  # the control
-    (stereoset / "stereoset.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(DataError, match="SHA-256"):
-        checked_files(StereoSet(), stereoset)
-
-
-def test_a_limit_takes_evenly_spread_items_and_seat_takes_all(stereoset, make_lm, monkeypatch):
-    lm = make_lm("gpt2")
-    (item,) = StereoSet().load(stereoset)
-    monkeypatch.setattr(StereoSet, "load", lambda *_: [{**item, "target": n} for n in range(10)])
-    monkeypatch.setattr(WinoBias, "files", {})
-    pair = {"pro": "Anna said it.", "anti": "Paul said it.", "type": 1}
-    monkeypatch.setattr(WinoBias, "load", lambda *_: [pair, {**pair, "type": 2}])
-
-    limited = run_benchmark(StereoSet(), lm.model, lm.tokenizer, stereoset, limit=5, progress=False)
-    seats = run_benchmark(seat.Seat(), lm.model, lm.tokenizer, stereoset, limit=5, progress=False)
-
-    assert limited.n == 5
-    assert seats.n == len(seat.Seat().load(stereoset)) > 5
-    with pytest.raises(DataError, match=r"more items of winobias than 1.*Raise the limit"):
-        run_benchmark(WinoBias(), lm.model, lm.tokenizer, stereoset, limit=1, progress=False)
-
-
-def test_unknown_benchmarks_and_models_without_a_head_are_refused(stereoset, make_lm):
-    with pytest.raises(ConfigError, match="'stereo'"):
-        benchmarks_named(["stereo"])
-    assert [type(b) for b in benchmarks_named(["seat", "seat"])] == [BENCHMARKS["seat"]]
-    lm = make_lm("gpt2")
-    with pytest.raises(BaseModelError, match="with its head"):
-        run_benchmark(StereoSet(), lm.model.transformer, lm.tokenizer, stereoset)
-
-
-# ---- what can be told ----------------------------------------------------------------------------
-
-
-class Coins(Benchmark):
-    """Share of heads; half is ideal."""
-
-    name = "coins"
-    measures = (Measure("heads", 0.0, 1.0, 0.5), Measure("mean", 0.0, 1.0, None))
-
-    load = values = None  # not asked here
-
-    def scores(self, columns, values):
-        del columns
-        return {"heads": float(values.mean()), "mean": float(values.mean())}
-
-
-def coins(n_heads, n=200):
-    heads = torch.zeros(n, 1, dtype=torch.float64)
-    heads[:n_heads] = 1.0
-    return BenchmarkResult(Coins(), {}, heads)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "verdict"),
-    [(180, 110, "better"), (110, 180, "worse"), (180, 181, "cannot be told")],
-)
-def test_a_change_is_told_where_its_interval_leaves_out_none(before, after, verdict):
-    heads, mean = compared(coins(before), coins(after))
-
-    assert heads["verdict"] == verdict
-    assert mean["verdict"] == "neither is better"
-    assert heads["change"]["value"] == pytest.approx((after - before) / 200)
-    assert heads["change"]["low"] <= heads["change"]["value"] <= heads["change"]["high"]
-
-
-def test_results_of_different_items_are_not_compared():
-    with pytest.raises(ConfigError, match="same items"):
-        compared(coins(10), coins(10, n=100))
+    assert seat.permutation_p(towards, towards.flip(1), a, b) == 1 / 10_001
+    assert seat.permutation_p(towards.flip(1), towards, a, b) > 0.99
