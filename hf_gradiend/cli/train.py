@@ -6,11 +6,13 @@ from pathlib import Path
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.cli.common import (
     encoder_table,
+    held_out,
     origin_of,
     peak_rss_bytes,
     short_splits,
     split_of,
 )
+from hf_gradiend.cli.contrasts import learn_contrasts
 from hf_gradiend.data.loading import load_feature_dataset, load_neutral_texts
 from hf_gradiend.evaluation.report import build_report, read_encoder
 from hf_gradiend.files import writable_folder, write_json
@@ -41,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parameters", nargs="+", help="layers, backbone or patterns of names")
     parser.add_argument("--neutral", help="neutral texts, one a line; default: the package's own")
     parser.add_argument("--feature_classes", nargs=2, help="class at +1, class at −1")
+    parser.add_argument(
+        "--contrasts", choices=["pairs", "rest"],
+        help="with more than two classes: learn every pair, or each class against the rest, from "
+        "one pass over the data; one folder each",
+    )  # fmt: skip
     for name in ("source", "target"):
         parser.add_argument(f"--{name}", choices=["factual", "counterfactual", "diff"])
     for name, kind in (
@@ -68,6 +75,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     data = load_feature_dataset(args.dataset)
     neutral = None if args.neutral is None else load_neutral_texts(args.neutral)
     base_model, tokenizer = load_base_model(args.base_model, gguf_file=args.gguf_file)
+    if args.contrasts is not None:
+        return learn_contrasts(args, arguments, data, base_model, tokenizer, neutral)
     trainer = GradiendTrainer(
         base_model=base_model,
         processing_class=tokenizer,
@@ -76,9 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         eval_dataset=data.get("validation"),
     )
     trained = trainer.train(resume_from_checkpoint=args.resume or None)
-    splits = {name: data[name] for name in ("validation", "test") if name in data} or {
-        "train": data["train"]
-    }
+    splits = held_out(data)
     encoder = read_encoder(
         trainer.model, base_model, tokenizer, splits, neutral_texts=neutral, progress=not args.json
     )
