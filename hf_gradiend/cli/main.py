@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
-from hf_gradiend.cli import adapt, encode, evaluate, export, push, quickstart, train
+from hf_gradiend.cli import adapt, build_data, encode, evaluate, export, push, quickstart, train
 from hf_gradiend.errors import GradiendError
 
-COMMANDS = (quickstart, train, encode, evaluate, adapt, export, push)
+COMMANDS = (quickstart, build_data, train, encode, evaluate, adapt, export, push)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
+        name = module.__name__.rpartition(".")[2].replace("_", "-")
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(
             name, help=summary, description=summary, allow_abbrev=False,
