@@ -1,4 +1,4 @@
-"""The command line: `hf-gradiend quickstart | train | encode | adapt | export`."""
+"""The command line: `hf-gradiend quickstart | build-data | train | encode | adapt | export`."""
 
 from hf_gradiend.cli.main import main
 

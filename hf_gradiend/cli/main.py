@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_gradiend.cli import (
     adapt,
+    build_data,
     compare,
     decode,
     encode,
@@ -23,7 +24,9 @@ from hf_gradiend.cli import (
 )
 from hf_gradiend.errors import GradiendError
 
-COMMANDS = (quickstart, train, join, encode, decode, compare, evaluate, adapt, export, push)
+COMMANDS = (
+    quickstart, build_data, train, join, encode, decode, compare, evaluate, adapt, export, push
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
+        name = module.__name__.rpartition(".")[2].replace("_", "-")
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(
             name, help=summary, description=summary, allow_abbrev=False,

@@ -1,1 +1,1 @@
-"""Feature and neutral data: built-in texts, loading and collation."""
+"""Feature and neutral data: built-in texts, specifications, building, loading and collation."""

@@ -5,7 +5,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    concatenate_datasets,
+    get_dataset_config_names,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
 
 from hf_gradiend.errors import ConfigError, DataError
@@ -27,6 +34,7 @@ def load_feature_dataset(
     path: str | os.PathLike[str],
     *,
     preset: str | None = None,
+    classes: tuple[str, str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> DatasetDict:
@@ -41,6 +49,8 @@ def load_feature_dataset(
         preset: Form of other data to read: `gender` (columns `masked` with `[NAME]` and
             `[PRONOUN]`, `name`, `pronoun`, `label`) or `genter` (GENTER, the same form). By
             default found from the columns.
+        classes: Take only the rows whose factual and counterfactual classes are these two, either
+            way round; the one named first is to encode to +1. `None` takes all rows.
         revision: Revision of the data set on the Hub.
         token: Access token for the Hub, or whether to use the saved one.
 
@@ -50,7 +60,7 @@ def load_feature_dataset(
         keep their further columns.
 
     Raises:
-        ConfigError: If there is no such preset, or a revision is given for local data.
+        ConfigError: If there is no such preset or class, or a revision is given for local data.
         DataError: If the data cannot be read or do not have this form.
     """  # noqa: DOC502  # the functions below raise DataError
     if preset is not None and preset not in _PRESETS:
@@ -60,11 +70,11 @@ def load_feature_dataset(
         {split: _converted(rows, preset, str(split)) for split, rows in dataset.items()}
     )
     validate_feature_dataset(converted)
-    return converted
+    return converted if classes is None else _of_classes(converted, classes)
 
 
 def validate_feature_dataset(dataset: Dataset | DatasetDict) -> None:
-    """Checks that every row has a slot, two different words, and that there are two classes.
+    """Checks that every row has a slot, two different words, and that there are several classes.
 
     Args:
         dataset: One data set, or splits whose classes are counted together.
@@ -85,19 +95,22 @@ def validate_feature_dataset(dataset: Dataset | DatasetDict) -> None:
     ]
     if problems:
         raise DataError(f"Expected rows with a slot and two words, but got {_listed(problems)}.")
-    classes = sorted(
-        {
-            label
-            for rows in splits.values()
-            for column in ("factual_class", "counterfactual_class")
-            for label in rows.unique(column)
-        }
-    )
-    if len(classes) != 2:
+    classes = classes_of(splits.values())
+    if len(classes) < 2:
         raise DataError(
-            f"Expected exactly two classes in the columns 'factual_class' and "
+            f"Expected at least two classes in the columns 'factual_class' and "
             f"'counterfactual_class', but got {len(classes)}: {classes[:_SHOWN]}."
         )
+
+
+def classes_of(parts: Iterable[Dataset]) -> list[str]:
+    """The classes of some feature data, factual and counterfactual, in alphabetical order.
+
+    Args:
+        parts: Data with the columns `factual_class` and `counterfactual_class`.
+    """
+    columns = ("factual_class", "counterfactual_class")
+    return sorted({label for rows in parts for column in columns for label in rows.unique(column)})
 
 
 def load_neutral_texts(path: str | os.PathLike[str]) -> list[str]:
@@ -107,7 +120,8 @@ def load_neutral_texts(path: str | os.PathLike[str]) -> list[str]:
 
     Args:
         path: A txt file with one text per line, or anything that `load_feature_dataset` takes,
-            with a column `text`.
+            with a column `text`. Of data with a configuration `neutral`, as
+            `save_feature_dataset` writes them, that one is read.
 
     Returns:
         The texts of all splits, in order.
@@ -115,7 +129,7 @@ def load_neutral_texts(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         DataError: If the data cannot be read, hold no text, or hold one with the slot `[TARGET]`.
     """
-    texts = _texts(path)
+    texts = _texts(path, config="neutral")
     slotted = [_excerpt(text) for text in texts if TARGET_SLOT in text]
     if slotted:
         raise DataError(
@@ -147,7 +161,7 @@ def load_prompts(path: str | os.PathLike[str]) -> list[str]:
     return texts
 
 
-def _texts(path: str | os.PathLike[str]) -> list[str]:
+def _texts(path: str | os.PathLike[str], *, config: str | None = None) -> list[str]:
     """The texts that are not blank, of all splits; at least one.
 
     Raises:
@@ -156,7 +170,7 @@ def _texts(path: str | os.PathLike[str]) -> list[str]:
     if Path(path).suffix == ".txt":
         lines = _text_lines(Path(path).expanduser())
     else:
-        splits = _read(path, revision=None, token=None)
+        splits = _read(path, config=config)
         for split, rows in splits.items():
             _require_columns(rows, ("text",), str(split))
         lines = concatenate_datasets([rows.select_columns("text") for rows in splits.values()])[
@@ -171,8 +185,13 @@ def _texts(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _read(
-    path: str | os.PathLike[str], *, revision: str | None, token: str | bool | None
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    config: str | None = None,
 ) -> DatasetDict:
+    # The configuration is the one to take where the data have it.
     local = Path(path).expanduser()
     if revision is not None and local.exists():
         raise ConfigError(
@@ -181,12 +200,10 @@ def _read(
     if local.is_file():
         return _split_by_column(_read_file(local))
     if local.is_dir():
-        return _split_by_column(_read_folder(local))
+        return _split_by_column(_read_folder(local, config))
     if local.suffix in _BUILDERS or local.is_absolute() or len(local.parts) > 2:
         raise DataError(f"There is no file or folder {str(path)!r}.")
-    return _split_by_column(
-        _loaded(str(path), lambda: load_dataset(os.fspath(path), revision=revision, token=token))
-    )
+    return _split_by_column(_load(os.fspath(path), config, revision=revision, token=token))
 
 
 def _read_file(file: Path) -> Dataset | DatasetDict:
@@ -199,10 +216,25 @@ def _read_file(file: Path) -> Dataset | DatasetDict:
     return _loaded(str(file), lambda: load_dataset(_BUILDERS[file.suffix], data_files=str(file)))
 
 
-def _read_folder(folder: Path) -> Dataset | DatasetDict:
+def _read_folder(folder: Path, config: str | None) -> Dataset | DatasetDict:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _loaded(str(folder), lambda: load_from_disk(folder))
-    return _loaded(str(folder), lambda: load_dataset(str(folder)))
+    return _load(str(folder), config)
+
+
+def _load(
+    path: str,
+    config: str | None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Dataset | DatasetDict:
+    def load() -> object:
+        known = [] if config is None else get_dataset_config_names(path, revision, token=token)
+        name = config if config in known else None
+        return load_dataset(path, name, revision=revision, token=token)
+
+    return _loaded(path, load)
 
 
 def _loaded(source: str, load: Callable[[], object]) -> Dataset | DatasetDict:
@@ -298,6 +330,17 @@ def _feature_row(row: Mapping[str, str]) -> dict[str, str]:
         "counterfactual_class": other,
         "name": row["name"],
     }
+
+
+def _of_classes(dataset: DatasetDict, classes: tuple[str, str]) -> DatasetDict:
+    known = classes_of(dataset.values())
+    if len({*classes}) != 2 or not {*classes}.issubset(known):
+        raise ConfigError(f"Expected two of the classes {known}, but got {list(classes)}.")
+    chosen = {}
+    for split, rows in dataset.items():
+        pairs = zip(rows["factual_class"], rows["counterfactual_class"], strict=True)
+        chosen[split] = rows.select([i for i, pair in enumerate(pairs) if {*pair} == {*classes}])
+    return DatasetDict(chosen)
 
 
 # GENTER has one more column, pronoun_count, which the slots of the text tell anyway.

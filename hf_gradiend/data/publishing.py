@@ -7,7 +7,7 @@ from string import Template
 from datasets import DatasetDict
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData
 
-from hf_gradiend.data.loading import FEATURE_COLUMNS, validate_feature_dataset
+from hf_gradiend.data.loading import FEATURE_COLUMNS, classes_of, validate_feature_dataset
 from hf_gradiend.errors import ConfigError
 
 _SHOWN = 20  # words of a class
@@ -130,9 +130,11 @@ def _listed(words: list[str]) -> str:
 
 
 def _splits(dataset: DatasetDict) -> str:
-    lines = []
+    lines, classes = [], classes_of(dataset.values())
     for split, rows in dataset.items():
         labels = rows["factual_class"][:]
         parts = [f"{labels.count(label):,} of `{label}`" for label in sorted(set(labels))]
-        lines.append(f"- `{split}`: {len(rows):,} texts, {' and '.join(parts)}")
+        # Of three classes and more, each text has several rows.
+        noun = "texts" if len(classes) == 2 else "rows"
+        lines.append(f"- `{split}`: {len(rows):,} {noun}, {' and '.join(parts)}")
     return "\n".join(lines)

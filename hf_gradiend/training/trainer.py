@@ -31,7 +31,7 @@ from transformers.trainer_callback import (
 
 from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id_of
 from hf_gradiend.data.collation import PreparedTexts, prepare_texts
-from hf_gradiend.data.loading import validate_feature_dataset
+from hf_gradiend.data.loading import classes_of, validate_feature_dataset
 from hf_gradiend.errors import ConfigError, DataError, NumericalError
 from hf_gradiend.files import writable_folder, write_json
 from hf_gradiend.gradients.backward import gradient_stream
@@ -329,11 +329,11 @@ class GradiendTrainer:
         return pad_token_id_of(self.processing_class)
 
     def _classes(self, dataset: Dataset) -> list[str]:
-        validate_feature_dataset(dataset)
-        present = sorted(set(dataset["factual_class"]))
-        if len(present) != 2:
+        present = self._two_classes(dataset)
+        if set(dataset["factual_class"]) != {*present}:
             raise DataError(
-                f"Expected training texts of two classes, but all have the factual class {present}."
+                f"Expected training texts of both classes {present}, but all have the factual "
+                f"class {sorted(set(dataset['factual_class']))}."
             )
         wanted = self.args.feature_classes
         if wanted is not None and sorted(wanted) != present:
@@ -343,8 +343,18 @@ class GradiendTrainer:
             )
         return list(wanted) if wanted else present
 
-    def _labelled(self, dataset: Dataset) -> LabelledTexts:
+    def _two_classes(self, dataset: Dataset) -> list[str]:
         validate_feature_dataset(dataset)
+        present = classes_of([dataset])
+        if len(present) != 2:
+            raise DataError(
+                f"Expected texts of two classes, but got {present}. Choose two, for instance with "
+                f"load_feature_dataset(…, classes=({present[0]!r}, {present[1]!r}))."
+            )
+        return present
+
+    def _labelled(self, dataset: Dataset) -> LabelledTexts:
+        self._two_classes(dataset)
         texts: PreparedTexts = prepare_texts(
             dataset,
             self.processing_class,

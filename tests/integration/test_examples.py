@@ -271,6 +271,36 @@ def test_debias_chooses_again_and_pushes_all_three(trained, hub, monkeypatch, tm
     )
 
 
+# ---- your_own_feature.py ------------------------------------------------------------------------
+
+
+def test_a_feature_of_your_own_is_built_learned_and_read(run, place):
+    out, _ = run(
+        EXAMPLES / "your_own_feature.py", "--spec", EXAMPLES / "hot_and_cold.yaml",
+        "--base_model", "base", "--output_dir", "own",
+    )  # fmt: skip
+    report = report_of(place / "own")
+    test = report["encoder"]["splits"]["test"]["correlation"]
+    statistics = json.loads((place / "own" / "data" / "statistics.json").read_text("utf-8"))
+
+    assert f"test: correlation {test['value']:.3f} [" in out
+    assert test["n"] == statistics["splits"]["test"]["texts"]
+    assert report["feature_classes"] == ["cold", "hot"]
+    assert (place / "own" / "data" / "README.md").is_file()
+    if importlib.util.find_spec("matplotlib"):
+        assert (place / "own" / "encodings.png").stat().st_size > 0
+
+
+def test_two_classes_of_a_shipped_specification_are_learned(run, place):
+    out, _ = run(
+        EXAMPLES / "your_own_feature.py", "--spec", "religion", "--classes", "jewish", "muslim",
+        "--base_model", "base", "--output_dir", "religion",
+    )  # fmt: skip
+
+    assert "test: correlation" in out
+    assert report_of(place / "religion")["feature_classes"] == ["jewish", "muslim"]
+
+
 # ---- steer_generation.py, inspect_feature.py ----------------------------------------------------
 
 

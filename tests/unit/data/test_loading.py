@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_gradiend.data.loading import (
+    classes_of,
     load_feature_dataset,
     load_neutral_texts,
     load_prompts,
@@ -282,24 +283,56 @@ def test_all_bad_rows_are_counted_and_the_first_ones_named():
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("classes", [("F", "M", "N"), ()])
-def test_other_than_two_classes_is_an_error_that_lists_them(classes):
-    rows = [{**FEMALE, "factual_class": label, "counterfactual_class": "M"} for label in "FN"]
-    data = Dataset.from_list([FEMALE]).select([]) if not classes else Dataset.from_list(rows)
+def test_fewer_than_two_classes_are_an_error():
+    empty = Dataset.from_list([FEMALE]).select([])
 
-    with pytest.raises(DataError, match=rf"exactly two classes .* got {len(classes)}: \["):
-        validate_feature_dataset(data)
+    with pytest.raises(DataError, match=r"at least two classes .* got 0: \[\]"):
+        validate_feature_dataset(empty)
 
 
-def test_the_classes_of_all_splits_are_counted_together():
-    one = DatasetDict(
-        {"train": Dataset.from_list([FEMALE]), "test": Dataset.from_list([FEMALE, MALE])}
+def test_three_classes_are_fine_and_counted_over_all_splits():
+    other = {**FEMALE, "factual": "they", "factual_class": "N"}
+    splits = DatasetDict({"train": Dataset.from_list([FEMALE]), "test": Dataset.from_list([other])})
+
+    validate_feature_dataset(splits)
+
+    assert classes_of(splits.values()) == ["F", "M", "N"]
+    assert classes_of([splits["train"]]) == ["F", "M"]
+
+
+@pytest.fixture
+def three_classes(tmp_path):
+    words = {"F": "she", "M": "he", "N": "they"}
+    rows = [
+        {
+            **FEMALE, "factual": words[own], "counterfactual": words[other], "factual_class": own,
+            "counterfactual_class": other, "split": split,
+        }
+        for split in ("train", "test") for own in words for other in words if own != other
+    ]  # fmt: skip
+    return write_jsonl(tmp_path / "data.jsonl", rows)
+
+
+@pytest.mark.parametrize("classes", [("M", "N"), ("N", "M")])
+def test_two_classes_of_three_are_their_rows_either_way_round(three_classes, classes):
+    everything = load_feature_dataset(three_classes)
+    chosen = load_feature_dataset(three_classes, classes=classes)
+
+    assert {split: len(rows) for split, rows in everything.items()} == {"train": 6, "test": 6}
+    for rows in chosen.values():
+        assert list(zip(rows["factual"], rows["counterfactual"], strict=True)) == [
+            ("he", "they"), ("they", "he")
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [("M", "X"), ("M", "M")])
+def test_classes_that_the_data_do_not_have_are_an_error_that_lists_them(three_classes, classes):
+    with pytest.raises(ConfigError) as caught:
+        load_feature_dataset(three_classes, classes=classes)
+
+    assert str(caught.value) == (
+        f"Expected two of the classes ['F', 'M', 'N'], but got {list(classes)}."
     )
-    three = DatasetDict({**one, "more": Dataset.from_list([{**FEMALE, "factual_class": "N"}])})
-
-    validate_feature_dataset(one)
-    with pytest.raises(DataError, match=r"got 3: \['F', 'M', 'N'\]"):
-        validate_feature_dataset(three)
 
 
 def test_neutral_texts_of_a_txt_file_are_its_lines(tmp_path, caplog):
@@ -340,6 +373,17 @@ def test_neutral_texts_with_a_slot_are_an_error(tmp_path):
 
     with pytest.raises(DataError, match=r"without the slot \[TARGET\], but got 'A \[TARGET\] came"):
         load_neutral_texts(tmp_path / "neutral.txt")
+
+
+def test_neutral_texts_are_those_of_the_configuration_of_this_name(tmp_path):
+    write_jsonl(tmp_path / "first.jsonl", [FEMALE, MALE])
+    write_jsonl(tmp_path / "second.jsonl", [{"text": "One."}])
+    card = "---\nconfigs:\n- config_name: default\n  data_files: first.jsonl\n"
+    card += "- config_name: neutral\n  data_files: second.jsonl\n---\n"
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+
+    assert load_neutral_texts(tmp_path) == ["One."]
+    assert load_feature_dataset(tmp_path)["train"].to_list() == [FEMALE, MALE]
 
 
 def test_neutral_data_without_texts_or_file_are_errors(tmp_path):

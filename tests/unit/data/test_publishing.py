@@ -47,6 +47,14 @@ def test_a_card_tells_no_further_columns_where_there_are_none(trees):
     assert "their classes.\n\n## Classes" in card
 
 
+def test_of_three_classes_a_card_counts_rows_since_a_text_has_several(trees):
+    trees["train"] = rows(("oak", "elm", "A", "B"), ("oak", "fir", "A", "C"))
+
+    card = render_dataset_card(trees, "me/trees", **SAYS)
+
+    assert "- `train`: 2 rows, 2 of `A`\n- `test`: 2 rows, 1 of `A` and 1 of `B`" in card
+
+
 def test_of_many_words_a_card_shows_the_first():
     words = [(f"w{number:02}", "elm", "A", "B") for number in range(23)]
 

@@ -652,6 +652,23 @@ def test_one_class_of_training_texts_is_a_data_error(planted_bert, trainer_of):
         trainer_of(planted_bert, train=one_class)
 
 
+@pytest.mark.parametrize("column", ["factual_class", "counterfactual_class"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_three_classes_are_a_data_error_that_says_how_to_choose_two(
+    planted_bert, trainer_of, column, split
+):
+    rows = planted_bert.data[split].to_list()
+    other = Dataset.from_list([{**rows[0], column: "N"}, *rows[1:]])
+
+    with pytest.raises(DataError) as caught:
+        trainer_of(planted_bert, **{split: other})
+
+    assert str(caught.value) == (
+        "Expected texts of two classes, but got ['F', 'M', 'N']. Choose two, for instance with "
+        "load_feature_dataset(…, classes=('F', 'M'))."
+    )
+
+
 def test_a_learning_rate_that_explodes_is_a_numerical_error(planted_bert, trainer_of):
     trainer = trainer_of(planted_bert, solver="adamw", learning_rate=1e30, max_steps=5)
 
