@@ -10,7 +10,10 @@ from huggingface_hub import RepoCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.base_models import load_base_model
-from hf_gradiend.data.templates import OWN_TEXTS
+from hf_gradiend.data.building import build_feature_dataset
+from hf_gradiend.data.loading import load_feature_dataset, of_classes
+from hf_gradiend.data.spec_files import package_specs
+from hf_gradiend.data.templates import OWN_TEXTS, OWN_TEXTS_LICENSE
 from hf_gradiend.errors import CompatibilityError, ConfigError, DataError, first_line_of
 from hf_gradiend.evaluation.report import Origin
 from hf_gradiend.modeling_gradiend import GradiendModel
@@ -57,6 +60,25 @@ def split_of(data: DatasetDict, split: str) -> Dataset:
     if split not in data:
         raise DataError(f"Expected the split {split!r}, but the data set has {sorted(data)}.")
     return data[split]
+
+
+def feature_data(place: str, classes: Sequence[str] | None = None) -> DatasetDict:
+    """Feature data by Hub id, folder or file, or built from one of the package's specifications.
+
+    Args:
+        place: Where it is, or the specification's name, such as `"religion"`.
+        classes: The two classes to take; `None` for all.
+    """
+    pair = None if classes is None else (classes[0], classes[1])
+    if not is_shipped(place):
+        return load_feature_dataset(place, classes=pair)
+    built = build_feature_dataset(place, progress=False).dataset
+    return built if pair is None else of_classes(built, pair)
+
+
+def is_shipped(place: str) -> bool:
+    """Whether feature data of this name are built from one of the package's specifications."""
+    return place in package_specs() and not Path(place).exists()
 
 
 def held_out(data: DatasetDict) -> dict[str, Dataset]:
@@ -153,11 +175,13 @@ def origin_of(
         arguments: Settings of the training.
         licenses: Of base model and data, where they are known; `None` looks them up.
     """
+    shipped = is_shipped(dataset)
     if licenses is None:
-        licenses = license_of(base_model, "model"), license_of(dataset, "dataset")
+        of_data = OWN_TEXTS_LICENSE if shipped else license_of(dataset, "dataset")
+        licenses = license_of(base_model, "model"), of_data
     return Origin(
         base_model=display_name(base_model),
-        dataset=display_name(dataset),
+        dataset=f"{dataset} texts of hf_gradiend" if shipped else display_name(dataset),
         base_model_license=licenses[0],
         dataset_license=licenses[1],
         n_texts={str(split): len(rows) for split, rows in data.items()},
@@ -165,6 +189,6 @@ def origin_of(
         hub_ids=[
             what
             for what, place in (("base_model", base_model), ("dataset", dataset))
-            if not Path(place).exists() and place != OWN_TEXTS
+            if not Path(place).exists() and place != OWN_TEXTS and not is_shipped(place)
         ],
     )

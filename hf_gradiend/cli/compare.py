@@ -6,8 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hf_gradiend.cli.common import display_name, load_base_of, load_gradiend, split_of, table
-from hf_gradiend.data.loading import load_feature_dataset
+from hf_gradiend.cli.common import (
+    display_name,
+    feature_data,
+    load_base_of,
+    load_gradiend,
+    split_of,
+    table,
+)
 from hf_gradiend.errors import CompatibilityError, ConfigError
 from hf_gradiend.evaluation.features import compare_features, comparison_values
 from hf_gradiend.files import writable_folder, write_json
@@ -38,9 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Compare; write features.json and features.png."""
     places, sources = _named(args.gradiend, "--gradiend"), _named(args.dataset, "--dataset")
     folder = writable_folder(args.output_dir)
-    datasets = {
-        name: split_of(load_feature_dataset(place), args.split) for name, place in sources.items()
-    }
+    datasets = {name: split_of(feature_data(place), args.split) for name, place in sources.items()}
     gradiends = {name: load_gradiend(place) for name, place in places.items()}
     base_name = args.base_model or _base_model_of(gradiends)
     base_model, tokenizer = load_base_of(next(iter(gradiends.values())), base_name)

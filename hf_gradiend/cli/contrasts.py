@@ -38,20 +38,27 @@ def learn_contrasts(
         data: Feature data set with several classes.
         base_model: Base model.
         tokenizer: Its tokenizer.
-        neutral: Texts without the feature; `None` for the package's own.
+        neutral: Texts without the feature, every other one to fit on and the rest to report on;
+            `None` for the package's own.
     """
     started = time.perf_counter()
     folder = Path(args.output_dir)
     rows = [["contrast", "n", "correlation", "95 % interval", "accuracy", "neutral |h|"]]
     short: dict[str, object] = {}
     learned = train_contrasts(
-        base_model, tokenizer, arguments, split_of(data, "train"), kind=args.contrasts
+        base_model,
+        tokenizer,
+        arguments,
+        split_of(data, "train"),
+        kind=args.contrasts,
+        neutral_texts=None if neutral is None else neutral[1::2],
     )
+    unseen = None if neutral is None else neutral[::2]
     for contrast, gradiend in learned:
         gradiend.save_pretrained(folder / contrast.name)
         splits = {name: rows_of(contrast, part) for name, part in held_out(data).items()}
         encoder = read_encoder(
-            gradiend, base_model, tokenizer, splits, neutral_texts=neutral, progress=not args.json
+            gradiend, base_model, tokenizer, splits, neutral_texts=unseen, progress=not args.json
         )
         report = build_report(
             gradiend,

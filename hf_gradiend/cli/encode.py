@@ -8,8 +8,7 @@ from typing import cast
 
 import torch
 
-from hf_gradiend.cli.common import load_base_of, load_gradiend, split_of, table
-from hf_gradiend.data.loading import load_feature_dataset
+from hf_gradiend.cli.common import feature_data, load_base_of, load_gradiend, split_of, table
 from hf_gradiend.errors import CompatibilityError, ConfigError, DataError, OutputError
 from hf_gradiend.files import writable_folder
 from hf_gradiend.metrics import bootstrap, pearson_correlation, sign_accuracy
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         CompatibilityError: If all texts that can be read are of one class.
     """
     _check(args)
-    data = split_of(load_feature_dataset(args.dataset), args.split)
+    data = split_of(feature_data(args.dataset), args.split)
     gradiend = load_gradiend(args.gradiend)
     base_model, tokenizer = load_base_of(gradiend, args.base_model)
     positive, negative = (gradiend.config.feature_classes or [["+", "−"]])[0]

@@ -2,8 +2,7 @@
 
 import argparse
 
-from hf_gradiend.cli.common import load_base_of, load_gradiend, split_of
-from hf_gradiend.data.loading import load_feature_dataset
+from hf_gradiend.cli.common import feature_data, load_base_of, load_gradiend, split_of
 from hf_gradiend.errors import ConfigError, OutputError
 from hf_gradiend.files import writable_folder
 from hf_gradiend.training.axes import join_axes
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             f"Expected a new or empty folder for the GRADIEND, but {args.output_dir!r} holds "
             f"files. Choose another --output_dir, or empty it."
         )
-    datasets = [split_of(load_feature_dataset(place), args.split) for place in args.dataset]
+    datasets = [split_of(feature_data(place), args.split) for place in args.dataset]
     gradiends = [load_gradiend(place) for place in args.gradiend]
     base_model, tokenizer = load_base_of(gradiends[0], args.base_model)
     joined = join_axes(gradiends, base_model, tokenizer, datasets, progress=not args.json)

@@ -16,6 +16,7 @@ from hf_gradiend.base_models import load_base_model
 from hf_gradiend.cli.common import (
     display_name,
     encoder_table,
+    feature_data,
     license_of,
     origin_of,
     peak_rss_bytes,
@@ -24,7 +25,6 @@ from hf_gradiend.cli.common import (
     table,
 )
 from hf_gradiend.cli.quickstart_model import HUB_ID, LICENSE, quickstart_model
-from hf_gradiend.data.loading import load_feature_dataset
 from hf_gradiend.data.templates import OWN_TEXTS, OWN_TEXTS_LICENSE, build_gender_pronouns
 from hf_gradiend.evaluation.report import (
     JudgedEdit,
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     place = args.base_model or str(quickstart_model(say))
     base_model, tokenizer = load_base_model(place)
     name = display_name(place)
-    data = build_gender_pronouns() if args.dataset is None else load_feature_dataset(args.dataset)
+    data = build_gender_pronouns() if args.dataset is None else feature_data(args.dataset)
     n_texts = min(args.max_train_texts, 96) if args.fast else args.max_train_texts
     say(f"\n1. Learning the feature of {name} from {n_texts} texts")
     arguments = GradiendTrainingArguments(

@@ -6,6 +6,7 @@ from pathlib import Path
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.cli.common import (
     encoder_table,
+    feature_data,
     held_out,
     origin_of,
     peak_rss_bytes,
@@ -13,7 +14,8 @@ from hf_gradiend.cli.common import (
     split_of,
 )
 from hf_gradiend.cli.contrasts import learn_contrasts
-from hf_gradiend.data.loading import load_feature_dataset, load_neutral_texts
+from hf_gradiend.data.loading import load_neutral_texts
+from hf_gradiend.data.spec_files import package_specs
 from hf_gradiend.evaluation.report import build_report, read_encoder
 from hf_gradiend.files import writable_folder, write_json
 from hf_gradiend.training.arguments import GradiendTrainingArguments
@@ -31,11 +33,14 @@ _ARGUMENTS = {
 }  # fmt: skip
 
 
+DATASET_HELP = f"Hub id, folder or file, or one of the package's: {', '.join(package_specs())}"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--base_model", required=True, help="Hub id or folder")
     parser.add_argument("--gguf_file", help="name of a GGUF file in it")
-    parser.add_argument("--dataset", required=True, help="feature data set: Hub id, folder or file")
+    parser.add_argument("--dataset", required=True, help=DATASET_HELP)
     parser.add_argument(
         "--output_dir", required=True, help="folder for the GRADIEND and its report"
     )
@@ -72,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if getattr(args, ours) is not None and getattr(args, ours) is not False  # 0 is a value
     }
     arguments = GradiendTrainingArguments(output_dir=str(folder), disable_tqdm=args.json, **given)
-    data = load_feature_dataset(args.dataset)
+    data = feature_data(args.dataset, None if args.contrasts else args.feature_classes)
     neutral = None if args.neutral is None else load_neutral_texts(args.neutral)
     base_model, tokenizer = load_base_model(args.base_model, gguf_file=args.gguf_file)
     if args.contrasts is not None:

@@ -70,7 +70,7 @@ def load_feature_dataset(
         {split: _converted(rows, preset, str(split)) for split, rows in dataset.items()}
     )
     validate_feature_dataset(converted)
-    return converted if classes is None else _of_classes(converted, classes)
+    return converted if classes is None else of_classes(converted, classes)
 
 
 def validate_feature_dataset(dataset: Dataset | DatasetDict) -> None:
@@ -332,7 +332,16 @@ def _feature_row(row: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _of_classes(dataset: DatasetDict, classes: tuple[str, str]) -> DatasetDict:
+def of_classes(dataset: DatasetDict, classes: tuple[str, str]) -> DatasetDict:
+    """The rows whose factual and counterfactual classes are these two, either way round.
+
+    Args:
+        dataset: Splits with two or more classes.
+        classes: The two.
+
+    Raises:
+        ConfigError: If the data have no such classes.
+    """
     known = classes_of(dataset.values())
     if len({*classes}) != 2 or not {*classes}.issubset(known):
         raise ConfigError(f"Expected two of the classes {known}, but got {list(classes)}.")

@@ -1,7 +1,5 @@
 """What the encoder reads: the classes, neutral tokens, and words it was never trained on."""
 
-import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradiend.data.collation import SLOT
+from hf_gradiend.data.neutral import neutral_readings
 from hf_gradiend.errors import ConfigError, DataError, NumericalError
 from hf_gradiend.gradients.forward import encode_texts
 from hf_gradiend.metrics import (
@@ -172,47 +170,6 @@ def evaluate_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
         transfer_in_order=_mean((gaps > 0).float(), seed) if len(gaps) else None,
         transfer_gap=_mean(gaps, seed) if len(gaps) else None,
     )
-
-
-def neutral_readings(texts: Sequence[str], *, seed: int = 0) -> list[dict[str, str]]:
-    """One ordinary word of each text as its target, with a word of another text against it.
-
-    Args:
-        texts: Neutral texts. One with fewer than three words of three or more letters is left out.
-        seed: Seed of the choice.
-
-    Returns:
-        Rows with `text`, `factual` (the text's own word) and `counterfactual`.
-
-    Raises:
-        DataError: If a text holds the slot already, or fewer than two texts are long enough.
-    """
-    generator = random.Random(seed)
-    chosen: list[tuple[str, int, int]] = []
-    for text in texts:
-        if SLOT in text:
-            raise DataError(
-                f"Expected neutral texts without the slot {SLOT}, but got {text[:80]!r}."
-            )
-        # Not the first two words: a causal model needs something to go by.
-        words = [match.span() for match in re.finditer(r"[^\W\d_]{3,}", text)][2:]
-        if words:
-            chosen.append((text, *generator.choice(words)))
-    if len(chosen) < 2:
-        raise DataError(
-            f"Expected at least two neutral texts of several words, but got {len(chosen)}."
-        )
-    rows: list[dict[str, str]] = []
-    for number, (text, start, stop) in enumerate(chosen):
-        other, first, last = chosen[(number + 1) % len(chosen)]
-        rows.append(
-            {
-                "text": text[:start] + SLOT + text[stop:],
-                "factual": text[start:stop],
-                "counterfactual": other[first:last],
-            }
-        )
-    return rows
 
 
 def _signs(classes: Sequence[str], positive: str, negative: str) -> Tensor:

@@ -16,11 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id_of
-from hf_gradiend.data.collation import TargetBatch
+from hf_gradiend.base_models import Objective, check_base_model, objective_of, pad_token_id_of
+from hf_gradiend.data.collation import PreparedText, PreparedTexts, TargetBatch, prepare_texts
+from hf_gradiend.data.neutral import neutral_readings
+from hf_gradiend.data.templates import build_neutral_texts
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.gradients.backward import Consume, GradientStream, gradient_stream
 from hf_gradiend.gradients.forward import project_texts
+from hf_gradiend.metrics import sign_accuracy
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
@@ -28,6 +31,8 @@ from hf_gradiend.training.class_texts import ClassTexts, Pattern, class_texts
 from hf_gradiend.training.pruning import pruned_gradiend
 from hf_gradiend.training.setup import gradiend_config, words_of_classes
 from hf_gradiend.training.solvers import build_gradiend, fit_scale, padded_parts
+
+N_NEUTRAL = 96  # neutral texts that the encoders are fitted on
 
 
 @dataclass(frozen=True)
@@ -152,12 +157,12 @@ class WordSums:
 
     def closed_form(
         self, contrast: Contrast
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """The direction E[x|+] − E[x|−], W_d and b_d of a contrast; source factual, target diff.
+    ) -> tuple[tuple[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+        """The directions E[x|+] and E[x|−], W_d and b_d of a contrast; source factual, target diff.
 
         Each side is the mean of its classes; a class's counterfactuals are the other side's.
         """
-        direction: dict[str, Tensor] = {}
+        directions: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         weight: dict[str, Tensor] = {}
         bias: dict[str, Tensor] = {}
         for entry in self.selection:
@@ -168,10 +173,11 @@ class WordSums:
             source, target = zip(
                 *(self._side(entry.name, own, others) for own, others in sides), strict=True
             )
-            direction[entry.name] = source[0] - source[1]
+            for held, mean in zip(directions, source, strict=True):
+                held[entry.name] = mean
             weight[entry.name] = (target[0] - target[1]) / 2
             bias[entry.name] = (target[0] + target[1]) / 2
-        return direction, weight, bias
+        return directions, weight, bias
 
     def _side(self, name: str, own: Sequence[int], others: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean source and mean target of the texts of some classes."""
@@ -190,10 +196,14 @@ def train_contrasts(
     train_dataset: Dataset,
     *,
     kind: str = "pairs",
+    neutral_texts: Sequence[str] | None = None,
 ) -> Iterator[tuple[Contrast, GradiendModel]]:
     """Learn all pairs of several classes, or each against the rest, from one pass over the data.
 
-    The closed form of each is the one that `GradiendTrainer` would make of the same texts.
+    The decoder of each is the one that `GradiendTrainer` would make of the same texts. Its encoder
+    lies in the plane of the two sides' mean gradients, where it fits +1, −1 and, for neutral words,
+    0 best: the difference of the means alone reads neutral words as one side wherever that side's
+    gradients are the smaller ones.
 
     Args:
         base_model: Masked or causal language model with its head; left as it was.
@@ -202,6 +212,8 @@ def train_contrasts(
         train_dataset: Feature data set with two or more classes, for each text one row per other
             class.
         kind: `"pairs"` or `"rest"`.
+        neutral_texts: Texts without the feature to fit the encoders on; `None` for the package's
+            own, English, of the split `train`.
 
     Returns:
         Contrasts (`contrast.name` is `"christian-jewish"`, or `"christian-rest"`) and their
@@ -234,20 +246,23 @@ def train_contrasts(
                 bar.update(part.n_texts)
     contrasts = (all_pairs if kind == "pairs" else one_against_rest)(texts.classes)
     words = words_of_classes(train_dataset)
+    neutral = _neutral_readings(neutral_texts, processing_class, objective)
 
     def gradiend(contrast: Contrast) -> GradiendModel:
-        direction, *decoder = sums.closed_form(contrast)
-        projections = project_texts(
-            base_model,
-            calibration.prepared(),
-            selection,
-            direction,
-            pad_token_id=pad,
-            batch_size=args.per_device_eval_batch_size,
-        )
-        scale, offset = fit_scale(*_signed(projections, calibration, contrast))
-        for values in direction.values():
-            values.mul_(scale)
+        directions, *decoder = sums.closed_form(contrast)
+        classes, others = (
+            torch.stack([
+                project_texts(base_model, texts, selection, direction, pad_token_id=pad,
+                              batch_size=args.per_device_eval_batch_size)
+                for direction in directions
+            ], -1)
+            for texts in (calibration.prepared(), neutral)
+        )  # fmt: skip
+        z, signs = _signed(classes, calibration, contrast)
+        mixture, offset = fit_plane(z, signs, others[:, 0])
+        direction = directions[0]
+        for name, values in direction.items():
+            values.mul_(mixture[0]).add_(directions[1].pop(name), alpha=mixture[1])
         sides = (contrast.positive, contrast.negative)
         of_side = {s.name: sorted({w for k in s.classes for w in words[names[k]]}) for s in sides}
         config = gradiend_config(base_model, selection, args, list(of_side), of_side)
@@ -263,7 +278,7 @@ def _signed(projections: Tensor, texts: ClassTexts, contrast: Contrast) -> tuple
     """Projections of each text's own words, with the side that each is on.
 
     Args:
-        projections: W_e·∇L of every class's word, `(texts, classes)`.
+        projections: Of every class's word on both directions, `(texts, classes, 2)`.
         texts: The texts.
         contrast: The two sides; texts of other classes are left out.
     """
@@ -276,6 +291,65 @@ def _signed(projections: Tensor, texts: ClassTexts, contrast: Contrast) -> tuple
                 values.append(projections[row, k])
                 signs.append(sign)
     return torch.stack(values), torch.tensor(signs)
+
+
+def _neutral_readings(
+    texts: Sequence[str] | None, processing_class: PreTrainedTokenizerBase, objective: Objective
+) -> PreparedTexts:
+    if texts is None:
+        texts = build_neutral_texts()["train"]["text"][:N_NEUTRAL]
+    rows = neutral_readings(texts[:N_NEUTRAL])
+    prepared = prepare_texts(rows, processing_class, objective, words=("factual",))
+    numbered = (PreparedText(row, text.readings) for row, text in enumerate(prepared))
+    return PreparedTexts(tuple(numbered), n_rows=len(prepared))
+
+
+def fit_plane(z: Tensor, signs: Tensor, neutral: Tensor) -> tuple[tuple[float, float], float]:
+    """Mixture of two projections that reads the sides as ±1 and neutral words as 0.
+
+    Least squares with each of the three groups of equal weight, then scaled as by `fit_scale`. The
+    plain difference is kept where that would tell the sides apart less often.
+
+    Args:
+        z: Projections of the sides' texts on E[x|+] and E[x|−], `(texts, 2)`.
+        signs: +1 or −1, `(texts,)`.
+        neutral: Projections of neutral words, `(words, 2)`.
+
+    Returns:
+        Mixture and offset of h = tanh(mixture · z + offset).
+
+    Raises:
+        NumericalError: If the sides' means are not finite or not in order.
+    """  # noqa: DOC502 - raised by fit_scale
+    z, neutral = z.double(), neutral.double()
+    difference = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    plain, plane = (
+        _scaled(z, signs, mixture) for mixture in (difference, _least_squares(z, signs, neutral))
+    )
+
+    def accuracy(fit: tuple[tuple[float, float], float]) -> float:
+        mixture, offset = fit
+        return sign_accuracy(mixture[0] * z[:, 0] + mixture[1] * z[:, 1] + offset, signs)
+
+    return max((plane, plain), key=accuracy)  # the first where they are alike
+
+
+def _least_squares(z: Tensor, signs: Tensor, neutral: Tensor) -> Tensor:
+    unit = z.std()
+    rows, targets = [], []
+    for values, target in ((z[signs > 0], 1.0), (z[signs < 0], -1.0), (neutral, 0.0)):
+        weight = len(values) ** -0.5
+        ones = torch.ones(len(values), 1, dtype=torch.float64)
+        rows.append(weight * torch.cat([values / unit, ones], 1))
+        targets.append(torch.full((len(values), 1), weight * target, dtype=torch.float64))
+    fitted = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets), driver="gelsd").solution
+    return fitted[:2, 0] / unit
+
+
+def _scaled(z: Tensor, signs: Tensor, mixture: Tensor) -> tuple[tuple[float, float], float]:
+    scale, offset = fit_scale(z @ mixture, signs)
+    first, second = (scale * mixture).tolist()
+    return (first, second), offset
 
 
 def _check(args: GradiendTrainingArguments, kind: str) -> None:

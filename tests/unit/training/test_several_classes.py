@@ -16,11 +16,12 @@ from hf_gradiend.training.means import ClassMeans
 from hf_gradiend.training.several_classes import (
     WordSums,
     all_pairs,
+    fit_plane,
     one_against_rest,
     rows_of,
     train_contrasts,
 )
-from hf_gradiend.training.solvers import padded_parts
+from hf_gradiend.training.solvers import fit_scale, padded_parts
 from hf_gradiend.training.texts import label_texts
 
 WORDS = {"F": "she", "M": "he", "N": "it"}
@@ -96,7 +97,8 @@ def test_each_pair_has_the_closed_form_of_its_own_rows(make_lm, family, data):
     found = []
     for contrast in all_pairs(sorted(WORDS)):
         pair = contrast.positive.name, contrast.negative.name
-        direction, weight, bias = sums.closed_form(contrast)
+        (plus, minus), weight, bias = sums.closed_form(contrast)
+        direction = {name: plus[name] - minus[name] for name in plus}
         alone = means_of_pair(lm, data, pair)
         expected_direction = alone.direction
         expected_weight, expected_bias = alone.to_decoder()
@@ -129,11 +131,12 @@ def test_a_class_against_the_rest_is_the_mean_of_the_others(make_lm):
     name = sums.selection.names[0]
 
     first = one_against_rest(sorted(WORDS))[0]
-    direction, weight, _ = sums.closed_form(first)
+    (plus_mean, minus_mean), weight, _ = sums.closed_form(first)
 
     m = {(c, w): sums.mean(name, c, w) for c in range(3) for w in range(3)}
     own, rest = m[0, 0], (m[1, 1] + m[2, 2]) / 2
-    torch.testing.assert_close(direction[name], own - rest)
+    torch.testing.assert_close(plus_mean[name], own)
+    torch.testing.assert_close(minus_mean[name], rest)
     plus = own - (m[0, 1] + m[0, 2]) / 2
     minus = rest - (m[1, 0] + m[2, 0]) / 2
     torch.testing.assert_close(weight[name], (plus - minus) / 2)
@@ -167,7 +170,10 @@ def test_a_planted_feature_is_told_apart(planted, arguments):
     rows = planted.data["train"]
     args = arguments(calibration_fraction=0.25)
 
-    ((contrast, gradiend),) = train_contrasts(planted.model, planted.tokenizer, args, rows)
+    neutral = ["the doctor took the red coat home .", "the day was long because the rain began ."]
+    ((contrast, gradiend),) = train_contrasts(
+        planted.model, planted.tokenizer, args, rows, neutral_texts=neutral
+    )
 
     h = gradiend.encode_texts(
         planted.model, planted.tokenizer, planted.data["test"], progress=False
@@ -189,6 +195,30 @@ def test_the_rows_of_a_contrast_are_those_between_its_sides():
     assert sorted(set(of_rest["factual_class"])) == ["F", "rest"]
     assert of_rest["factual_class"].count("rest") == 4
     assert len(of_rest) == 6  # each text once
+
+
+def test_neutral_words_read_as_0_where_one_side_is_far_larger():
+    generator = torch.Generator().manual_seed(0)
+
+    def texts(n, *means):
+        noise = 0.1 * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+        return torch.tensor(means).double() + noise
+
+    # Both sides are far from neutral words along a common direction, one of them further.
+    z = torch.cat([texts(50, 5.0, 4.0), texts(50, 1.5, 2.5)])
+    signs = torch.tensor([1] * 50 + [-1] * 50)
+    neutral = texts(50, 0.0, 0.0)
+
+    (a, b), offset = fit_plane(z, signs, neutral)
+
+    h = torch.tanh(z @ torch.tensor([a, b]).double() + offset)
+    assert float((h.sign() == signs).double().mean()) == 1.0
+    of_neutral = torch.tanh(neutral @ torch.tensor([a, b]).double() + offset)
+    assert float(of_neutral.abs().mean()) < 0.3
+    # The control: the difference of the two means, with the closed form's scale.
+    alone = z[:, 0] - z[:, 1]
+    scale, shift = fit_scale(alone, signs)
+    assert float(torch.tanh(scale * (neutral[:, 0] - neutral[:, 1]) + shift).abs().mean()) < 1.0
 
 
 def test_what_cannot_be_learned_is_refused(make_lm, arguments):
