@@ -19,7 +19,8 @@ from hf_gradiend.cli.common import (
 from hf_gradiend.evaluation.report import build_report, read_encoder
 from hf_gradiend.files import write_json
 from hf_gradiend.training.arguments import GradiendTrainingArguments
-from hf_gradiend.training.several_classes import rows_of, train_contrasts
+from hf_gradiend.training.contrasts import rows_of
+from hf_gradiend.training.several_classes import train_contrasts
 
 
 def learn_contrasts(

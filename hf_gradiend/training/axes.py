@@ -15,7 +15,7 @@ from hf_gradiend.gradients.forward import project_texts
 from hf_gradiend.gradients.objectives import side_scores
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import selection_of
-from hf_gradiend.training.solvers import fit_scale
+from hf_gradiend.training.calibration import fit_scale
 from hf_gradiend.training.texts import label_texts
 
 # Beyond this condition number of the matrix of readings two features are one to the encoders.

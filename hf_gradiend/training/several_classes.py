@@ -7,8 +7,6 @@ their classes at once.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 from datasets import Dataset
@@ -23,97 +21,17 @@ from hf_gradiend.data.templates import build_neutral_texts
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.gradients.backward import Consume, GradientStream, gradient_stream
 from hf_gradiend.gradients.forward import project_texts
-from hf_gradiend.metrics import sign_accuracy
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
+from hf_gradiend.training.calibration import fit_plane
 from hf_gradiend.training.class_texts import ClassTexts, Pattern, class_texts
+from hf_gradiend.training.contrasts import Contrast, all_pairs, one_against_rest
 from hf_gradiend.training.pruning import pruned_gradiend
 from hf_gradiend.training.setup import gradiend_config, words_of_classes
-from hf_gradiend.training.solvers import build_gradiend, fit_scale, padded_parts
+from hf_gradiend.training.solvers import build_gradiend, padded_parts
 
 N_NEUTRAL = 96  # neutral texts that the encoders are fitted on
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a contrast: a class, or several taken together.
-
-    Args:
-        name: Its name.
-        classes: Numbers of its classes.
-        labels: Their names.
-    """
-
-    name: str
-    classes: tuple[int, ...]
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """What one GRADIEND tells apart.
-
-    Args:
-        positive: What encodes to +1.
-        negative: What encodes to −1.
-    """
-
-    positive: Side
-    negative: Side
-
-    @property
-    def name(self) -> str:
-        """For folders and tables: `"christian-jewish"`."""
-        return f"{self.positive.name}-{self.negative.name}"
-
-
-def all_pairs(classes: Sequence[str]) -> list[Contrast]:
-    """Every pair of classes, in order.
-
-    Args:
-        classes: Names of the classes.
-    """
-    sides = [Side(name, (k,), (name,)) for k, name in enumerate(classes)]
-    return [Contrast(one, other) for one, other in combinations(sides, 2)]
-
-
-def one_against_rest(classes: Sequence[str]) -> list[Contrast]:
-    """Each class against all the others together.
-
-    Args:
-        classes: Names of the classes.
-    """
-    contrasts: list[Contrast] = []
-    for k, name in enumerate(classes):
-        others = tuple(other for other in range(len(classes)) if other != k)
-        rest = Side("rest", others, tuple(classes[other] for other in others))
-        contrasts.append(Contrast(Side(name, (k,), (name,)), rest))
-    return contrasts
-
-
-def rows_of(contrast: Contrast, dataset: Dataset) -> Dataset:
-    """The rows that a contrast is about, under the names of its two sides; each text once.
-
-    Args:
-        contrast: What is told apart.
-        dataset: Feature data set with several classes.
-    """
-    side_of = {label: s.name for s in (contrast.positive, contrast.negative) for label in s.labels}
-    classes = zip(dataset["factual_class"], dataset["counterfactual_class"], strict=True)
-    texts = zip(dataset["text"], dataset["factual"], strict=True)
-    seen: set[tuple[str, str]] = set()
-    chosen: list[int] = []
-    for row, ((own, other), text) in enumerate(zip(classes, texts, strict=True)):
-        of_two_sides = {own, other} <= side_of.keys() and side_of[own] != side_of[other]
-        if of_two_sides and text not in seen:
-            chosen.append(row)
-            seen.add(text)
-    rows = dataset.select(chosen)
-    for column in ("factual_class", "counterfactual_class"):
-        named = [side_of[label] for label in rows[column]]
-        rows = rows.remove_columns(column).add_column(column, named)  # pyright: ignore[reportCallIssue] - datasets fills the fingerprint in
-    return rows
 
 
 class WordSums:
@@ -244,7 +162,6 @@ def train_contrasts(
             for part in padded_parts(own, pad, base_model.device):
                 sums.add(stream, part, pattern)
                 bar.update(part.n_texts)
-    contrasts = (all_pairs if kind == "pairs" else one_against_rest)(texts.classes)
     words = words_of_classes(train_dataset)
     neutral = _neutral_readings(neutral_texts, processing_class, objective)
 
@@ -302,54 +219,6 @@ def _neutral_readings(
     prepared = prepare_texts(rows, processing_class, objective, words=("factual",))
     numbered = (PreparedText(row, text.readings) for row, text in enumerate(prepared))
     return PreparedTexts(tuple(numbered), n_rows=len(prepared))
-
-
-def fit_plane(z: Tensor, signs: Tensor, neutral: Tensor) -> tuple[tuple[float, float], float]:
-    """Mixture of two projections that reads the sides as ±1 and neutral words as 0.
-
-    Least squares with each of the three groups of equal weight, then scaled as by `fit_scale`. The
-    plain difference is kept where that would tell the sides apart less often.
-
-    Args:
-        z: Projections of the sides' texts on E[x|+] and E[x|−], `(texts, 2)`.
-        signs: +1 or −1, `(texts,)`.
-        neutral: Projections of neutral words, `(words, 2)`.
-
-    Returns:
-        Mixture and offset of h = tanh(mixture · z + offset).
-
-    Raises:
-        NumericalError: If the sides' means are not finite or not in order.
-    """  # noqa: DOC502 - raised by fit_scale
-    z, neutral = z.double(), neutral.double()
-    difference = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    plain, plane = (
-        _scaled(z, signs, mixture) for mixture in (difference, _least_squares(z, signs, neutral))
-    )
-
-    def accuracy(fit: tuple[tuple[float, float], float]) -> float:
-        mixture, offset = fit
-        return sign_accuracy(mixture[0] * z[:, 0] + mixture[1] * z[:, 1] + offset, signs)
-
-    return max((plane, plain), key=accuracy)  # the first where they are alike
-
-
-def _least_squares(z: Tensor, signs: Tensor, neutral: Tensor) -> Tensor:
-    unit = z.std()
-    rows, targets = [], []
-    for values, target in ((z[signs > 0], 1.0), (z[signs < 0], -1.0), (neutral, 0.0)):
-        weight = len(values) ** -0.5
-        ones = torch.ones(len(values), 1, dtype=torch.float64)
-        rows.append(weight * torch.cat([values / unit, ones], 1))
-        targets.append(torch.full((len(values), 1), weight * target, dtype=torch.float64))
-    fitted = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets), driver="gelsd").solution
-    return fitted[:2, 0] / unit
-
-
-def _scaled(z: Tensor, signs: Tensor, mixture: Tensor) -> tuple[tuple[float, float], float]:
-    scale, offset = fit_scale(z @ mixture, signs)
-    first, second = (scale * mixture).tolist()
-    return (first, second), offset
 
 
 def _check(args: GradiendTrainingArguments, kind: str) -> None:

@@ -242,13 +242,19 @@ def test_debias_writes_the_edited_model_and_its_adapter(debiased, trained, place
     }
 
 
+def numbers(measures: dict) -> dict[str, float]:
+    """The measures without the list of further classes, which is empty for two."""
+    assert measures["p_others"] == []
+    return {name: value for name, value in measures.items() if name != "p_others"}
+
+
 def test_debias_reports_the_edit_that_it_took_and_nothing_of_another(debiased, trained):
     report, earlier = report_of(debiased.folder), report_of(trained.folder)
     ratio = report["intervals"]["imbalance"]["ratio"]["value"]
 
     assert report["edit"] == {"feature_factor": 0.5, "step_size": -0.01}
-    assert report["before"] == pytest.approx(earlier["before"])
-    assert report["after"] != pytest.approx(earlier["after"])
+    assert numbers(report["before"]) == pytest.approx(numbers(earlier["before"]))
+    assert numbers(report["after"]) != pytest.approx(numbers(earlier["after"]))
     assert (report["occupations"], report["sweep"]) == ([], [])
     assert report["encoder"] == earlier["encoder"]
     assert re.search(rf"^imbalance .* ratio {ratio:.3f} ", debiased.out, re.MULTILINE)

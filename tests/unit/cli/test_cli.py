@@ -856,7 +856,7 @@ def bad_input(place, trained, tmp_path):
         "a test split of one class": ([*train, "--dataset", files["one class"]], "'test'"),
         "a pattern that matches nothing": (
             [*with_data, "--parameters", "*.nothing.*"], "matches none"),
-        "other classes": ([*with_data, "--feature_classes", "F", "X"], "feature_classes"),
+        "other classes": ([*with_data, "--feature_classes", "F", "X"], "two of the classes"),
         "a fraction out of range": ([*with_data, "--top_k", "2"], "top_k"),
         "an option of the other solver": ([*with_data, "--n_seeds", "3"], "n_seeds"),
         "steps that do not fit together": (

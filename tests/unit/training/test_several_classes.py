@@ -11,17 +11,12 @@ from hf_gradiend.data.collation import prepare_texts
 from hf_gradiend.errors import ConfigError, DataError
 from hf_gradiend.gradients.backward import gradient_stream
 from hf_gradiend.parameters import select_parameters
+from hf_gradiend.training.calibration import fit_plane, fit_scale
 from hf_gradiend.training.class_texts import class_texts
+from hf_gradiend.training.contrasts import all_pairs, one_against_rest, rows_of
 from hf_gradiend.training.means import ClassMeans
-from hf_gradiend.training.several_classes import (
-    WordSums,
-    all_pairs,
-    fit_plane,
-    one_against_rest,
-    rows_of,
-    train_contrasts,
-)
-from hf_gradiend.training.solvers import fit_scale, padded_parts
+from hf_gradiend.training.several_classes import WordSums, train_contrasts
+from hf_gradiend.training.solvers import padded_parts
 from hf_gradiend.training.texts import label_texts
 
 WORDS = {"F": "she", "M": "he", "N": "it"}

@@ -9,7 +9,8 @@ from hf_gradiend.gradients.backward import gradient_stream, gradients
 from hf_gradiend.metrics import pearson_correlation
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training import solvers
-from hf_gradiend.training.solvers import AdamWSolver, ClosedFormSolver, fit_scale
+from hf_gradiend.training.calibration import fit_scale
+from hf_gradiend.training.solvers import AdamWSolver, ClosedFormSolver
 from hf_gradiend.training.texts import batch_at
 
 # ---- fit_scale ----
