@@ -165,22 +165,37 @@ def train_contrasts(
     words = words_of_classes(train_dataset)
     neutral = _neutral_readings(neutral_texts, processing_class, objective)
 
+    def projected(of_class: int) -> tuple[Tensor, Tensor]:
+        """Calibration texts and neutral words on the mean gradient of a class."""
+        direction = {e.name: sums.mean(e.name, of_class, of_class) for e in selection}
+        classes, others = (
+            project_texts(
+                base_model,
+                read,
+                selection,
+                direction,
+                pad_token_id=pad,
+                batch_size=args.per_device_eval_batch_size,
+            )
+            for read in (calibration.prepared(), neutral)
+        )
+        return classes, others
+
+    # A side's mean is a mean of class means, so that these projections serve every contrast.
+    parts = [projected(k) for k in range(len(texts.classes))]
+
     def gradiend(contrast: Contrast) -> GradiendModel:
         directions, *decoder = sums.closed_form(contrast)
+        sides = (contrast.positive, contrast.negative)
         classes, others = (
-            torch.stack([
-                project_texts(base_model, texts, selection, direction, pad_token_id=pad,
-                              batch_size=args.per_device_eval_batch_size)
-                for direction in directions
-            ], -1)
-            for texts in (calibration.prepared(), neutral)
-        )  # fmt: skip
+            torch.stack([_mean([parts[k][what] for k in side.classes]) for side in sides], -1)
+            for what in (0, 1)
+        )
         z, signs = _signed(classes, calibration, contrast)
         mixture, offset = fit_plane(z, signs, others[:, 0])
         direction = directions[0]
         for name, values in direction.items():
             values.mul_(mixture[0]).add_(directions[1].pop(name), alpha=mixture[1])
-        sides = (contrast.positive, contrast.negative)
         of_side = {s.name: sorted({w for k in s.classes for w in words[names[k]]}) for s in sides}
         config = gradiend_config(base_model, selection, args, list(of_side), of_side)
         made = build_gradiend(selection, config, (direction, offset), (decoder[0], decoder[1]))
