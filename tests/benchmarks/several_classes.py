@@ -4,7 +4,7 @@
 
 The four seasons, in sentences that all of them fit; with --own_texts each class has sentences of
 its own, as a corpus gives them. Both ways make and write six GRADIENDs of the same texts; that
-their closed forms are equal is tested in tests/unit/training/test_several_classes.py.
+their decoders are equal is tested in tests/unit/training/test_several_classes.py.
 """
 
 import argparse
