@@ -153,7 +153,9 @@ def train_contrasts(
     pad = pad_token_id_of(processing_class)
     sums = WordSums(selection, fitted)
     with (
-        gradient_stream(base_model, selection) as stream,
+        gradient_stream(
+            base_model, selection, checkpointing=args.checkpoints_activations
+        ) as stream,
         tqdm(total=len(fitted.texts), desc="Class means", unit="text", disable=args.disable_tqdm)
         as bar,
     ):  # fmt: skip
