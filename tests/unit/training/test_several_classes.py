@@ -95,7 +95,7 @@ def test_each_pair_has_the_closed_form_of_its_own_rows(make_lm, family, data):
         (plus, minus), weight, bias = sums.closed_form(contrast)
         direction = {name: plus[name] - minus[name] for name in plus}
         alone = means_of_pair(lm, data, pair)
-        expected_direction = alone.direction
+        expected_direction = alone.to_direction((1.0, -1.0))
         expected_weight, expected_bias = alone.to_decoder()
         for own, expected in (
             (direction, expected_direction), (weight, expected_weight), (bias, expected_bias)
