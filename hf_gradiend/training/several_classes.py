@@ -7,7 +7,7 @@ their classes at once.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -149,24 +149,54 @@ def train_contrasts(
     """  # noqa: DOC502 - DataError and BaseModelError are raised by what it calls
     if kind not in {"pairs", "rest"}:
         raise ConfigError(f"Expected the kind pairs or rest, but got {kind!r}.")
-    contrasts_of = all_pairs if kind == "pairs" else one_against_rest
+    names = args.feature_classes or sorted(set(train_dataset["factual_class"]))
     shared = (args.solver, args.source, args.target) == ("closed_form", "factual", "diff")
-    if not shared or args.prune_fraction is not None:
-        names = args.feature_classes or sorted(set(train_dataset["factual_class"]))
+    if shared and args.prune_fraction is None:
+        learned = _together(base_model, processing_class, args, train_dataset, neutral_texts)
+    else:
+        learned = _one_by_one(
+            base_model, processing_class, args, (train_dataset, eval_dataset), neutral_texts
+        )
+    contrasts = (all_pairs if kind == "pairs" else one_against_rest)(names)
+    return ((contrast, learned(contrast)) for contrast in contrasts)
 
-        def alone(contrast: Contrast) -> GradiendModel:
-            trainer = GradiendTrainer(
-                base_model,
-                processing_class,
-                _arguments_of(contrast, args),
-                rows_of(contrast, train_dataset),
-                None if eval_dataset is None else rows_of(contrast, eval_dataset),
-                neutral_texts=neutral_texts,
-            )
-            trainer.train()
-            return trainer.model
 
-        return ((contrast, alone(contrast)) for contrast in contrasts_of(names))
+def _one_by_one(
+    base_model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    args: GradiendTrainingArguments,
+    data: tuple[Dataset, Dataset | None],
+    neutral_texts: Sequence[str] | None,
+) -> Callable[[Contrast], GradiendModel]:
+    """Trains a contrast from its own rows for training and evaluation, in a folder of its own."""
+    train_dataset, eval_dataset = data
+
+    def learned(contrast: Contrast) -> GradiendModel:
+        own = copy.copy(args)
+        own.output_dir = str(Path(args.output_dir or "gradiend") / contrast.name)
+        own.feature_classes = [contrast.positive.name, contrast.negative.name]
+        trainer = GradiendTrainer(
+            base_model,
+            processing_class,
+            own,
+            rows_of(contrast, train_dataset),
+            None if eval_dataset is None else rows_of(contrast, eval_dataset),
+            neutral_texts=neutral_texts,
+        )
+        trainer.train()
+        return trainer.model
+
+    return learned
+
+
+def _together(
+    base_model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    args: GradiendTrainingArguments,
+    train_dataset: Dataset,
+    neutral_texts: Sequence[str] | None,
+) -> Callable[[Contrast], GradiendModel]:
+    """Passes over the data, then makes any contrast's GRADIEND from the sums."""
     check_base_model(base_model)
     objective = objective_of(base_model)
     texts = class_texts(
@@ -180,9 +210,9 @@ def train_contrasts(
     # A side's mean is a mean of class means, so that these projections serve every contrast.
     of_classes = _on_class_means(base_model, sums, calibration.prepared(), pad, args)
     of_neutral = None if neutral is None else _on_class_means(base_model, sums, neutral, pad, args)
-    names, words = texts.classes, words_of_classes(train_dataset)
+    words = words_of_classes(train_dataset)
 
-    def gradiend(contrast: Contrast) -> GradiendModel:
+    def learned(contrast: Contrast) -> GradiendModel:
         sides = (contrast.positive, contrast.negative)
 
         def on_sides(projections: Tensor) -> Tensor:
@@ -195,20 +225,12 @@ def train_contrasts(
         (direction, minus), weight, bias = sums.closed_form(contrast)
         for name, values in direction.items():
             values.mul_(mixture[0]).add_(minus.pop(name), alpha=mixture[1])
-        of_side = {s.name: sorted({w for k in s.classes for w in words[names[k]]}) for s in sides}
+        of_side = {side.name: sorted({w for c in side.labels for w in words[c]}) for side in sides}
         config = gradiend_config(base_model, selection, args, list(of_side), of_side)
         made = build_gradiend(selection, config, (direction, offset), (weight, bias))
         return made if args.top_k is None else pruned_gradiend(made, args.top_k)
 
-    return ((contrast, gradiend(contrast)) for contrast in contrasts_of(names))
-
-
-def _arguments_of(contrast: Contrast, args: GradiendTrainingArguments) -> GradiendTrainingArguments:
-    """The arguments with a contrast's own classes and folder."""
-    own = copy.copy(args)
-    own.output_dir = str(Path(args.output_dir or "gradiend") / contrast.name)
-    own.feature_classes = [contrast.positive.name, contrast.negative.name]
-    return own
+    return learned
 
 
 def _class_sums(
