@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Literal, TypedDict
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.evaluation.bias.benchmark import BenchmarkResult, Measure
 from hf_gradiend.metrics import Estimate, bootstrap_all
-from hf_gradiend.version import __version__
+from hf_gradiend.version import versions
 
 Verdict = Literal["better", "worse", "cannot be told", "neither is better"]
 VERDICTS: tuple[Verdict, ...] = ("better", "worse", "cannot be told", "neither is better")
@@ -114,10 +113,7 @@ def comparison_report(
     """
     return {
         "format": 1,
-        "versions": {
-            "hf_gradiend": __version__,
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
+        "versions": versions(),
         "base_model": base_model,
         "limit": limit,
         "papers": {result.benchmark.name: result.benchmark.paper for result in base},
