@@ -901,9 +901,11 @@ def bad_input(place, trained, tmp_path):
             [*adapt, trained, "--feature_factor", "0", "--step_size", "1", "--top_k", "1.5"],
             "(0, 1]"),
         "a folder with files of others": (
-            ["adapt", "--gradiend", trained, "--output_dir", full], "new or empty folder"),
+            ["adapt", "--gradiend", trained, "--output_dir", full],
+            "holds files. Choose another --output_dir, or empty it."),
         "the folder of the GRADIEND itself": (
-            ["adapt", "--gradiend", trained, "--output_dir", trained], "new or empty folder"),
+            ["adapt", "--gradiend", trained, "--output_dir", trained],
+            "new or empty folder for the adapter"),
         "a quickstart without a folder": (
             ["quickstart", "--base_model", place / "base", "--output_dir", tmp_path / "file" / "q"],
             "cannot be written"),

@@ -106,7 +106,7 @@ def test_two_of_several_classes_can_be_chosen_and_joined(place, capsys):
         (["join", "--gradiend", str(place / "M"), "--dataset", data, "--dataset", data,
           "--output_dir", str(place / "bad")], "one --dataset for each"),
         (["join", "--gradiend", str(place / "M"), "--dataset", data,
-          "--output_dir", str(place / "joined")], "new or empty folder"),
+          "--output_dir", str(place / "joined")], "new or empty folder for the GRADIEND"),
     )  # fmt: skip
     for argv, words in bad:
         assert main(argv) == 2
