@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 from functools import partial
 
 import datasets
@@ -31,6 +32,7 @@ from hf_gradiend.metrics import bootstrap_all
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.solvers import AdamWSolver
 
+NO_PICTURES = 'No pictures: matplotlib is missing. Install it with pip install "hf_gradiend[plot]".'
 ENCODER_KEYS = {"correlation", "accuracy", "n"}
 
 
@@ -752,6 +754,28 @@ def test_the_quickstart_prints_its_tables_for_people(run, place, tmp_path):
     assert any("pairs in the right order" in line for line in lines)
     assert any("imbalance" in line for line in lines) or "none was written" in out
     assert "report.json" in lines[-1]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "decode", "quickstart"])
+def test_without_matplotlib_people_are_told_once_and_machines_get_json(
+    run, evaluate, place, trained, texts, monkeypatch, tmp_path, command
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    argv = {
+        "evaluate": (*evaluate, "--limit", "2"),
+        "decode": ("decode", "--gradiend", trained, "--output_dir", tmp_path / "out", *texts,
+                   "--feature_factors", "0", "--step_sizes", "0.1", "--max_trials", "0"),
+        "quickstart": ("quickstart", "--base_model", place / "base", "--dataset",
+                       place / "data.jsonl", "--output_dir", tmp_path / "out", "--fast"),
+    }[command]  # fmt: skip
+
+    code, out, _ = run(*argv)
+    again, machine, _ = run(*argv, "--json")
+
+    assert code == again == 0
+    assert out.splitlines().count(NO_PICTURES) == 1
+    assert isinstance(json.loads(machine), dict)  # and nothing else
+    assert not list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.parametrize("command", ["train", "encode"])

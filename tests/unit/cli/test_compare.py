@@ -1,6 +1,7 @@
 """The command that compares GRADIENDs, on folders as people have them."""
 
 import json
+import sys
 
 import datasets
 import pytest
@@ -108,6 +109,21 @@ def test_the_command_writes_what_it_found_and_prints_it(run, place, tmp_path):
         f"{reading['gap']:.3f}", f"{reading['correlation']['value']:.3f}",
     ]  # fmt: skip
     assert str(tmp_path / "out" / "features.png") in tables[-1][-1]
+    assert "No pictures" not in out
+
+
+def test_without_matplotlib_people_are_told_and_machines_get_json(
+    run, place, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    code, out, _ = run("--gradiend", place / "one")
+    again, machine, _ = run("--gradiend", place / "one", "--json")
+
+    assert code == again == 0
+    assert sum(line.startswith("No pictures: matplotlib") for line in out.splitlines()) == 1
+    assert json.loads(machine)["output"].endswith("features.json")
+    assert not (tmp_path / "out" / "features.png").exists()
 
 
 def test_json_is_the_last_line_and_the_file(run, place, tmp_path):
