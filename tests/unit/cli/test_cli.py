@@ -6,15 +6,12 @@ import signal
 import sys
 from functools import partial
 
-import datasets
 import pytest
 import torch
-from datasets.utils import logging as datasets_logging
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from hf_gradiend.adapter.config import feature_factor_of
 from hf_gradiend.adapter.control import set_strength
@@ -34,24 +31,6 @@ from hf_gradiend.training.solvers import AdamWSolver
 
 NO_PICTURES = 'No pictures: matplotlib is missing. Install it with pip install "hf_gradiend[plot]".'
 ENCODER_KEYS = {"correlation", "accuracy", "n"}
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """`main` sets transformers' verbosity and the bars for its process; the tests share one."""
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    datasets_logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def private_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("cache")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
-        yield
 
 
 @pytest.fixture(scope="module")

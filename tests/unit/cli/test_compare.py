@@ -3,33 +3,13 @@
 import json
 import sys
 
-import datasets
 import pytest
 import torch
-from datasets.utils import logging as datasets_logging
-from transformers.utils import logging as transformers_logging
 
 from hf_gradiend.cli import main
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import select_parameters
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """`main` sets transformers' verbosity and the bars for its process; the tests share one."""
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    datasets_logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def private_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def save_gradiend(model, folder, seed, **settings):
