@@ -5,7 +5,6 @@ Cards, tables and figures are made from it and from nothing else.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import cast
 
 from datasets import Dataset
@@ -24,7 +23,7 @@ from hf_gradiend.evaluation.encoder import EncoderReport, class_names, evaluate_
 from hf_gradiend.evaluation.probe import EditMeasures, EditProbe, SlotProbe, compared
 from hf_gradiend.metrics import Estimate
 from hf_gradiend.modeling_gradiend import GradiendModel
-from hf_gradiend.version import __version__
+from hf_gradiend.version import versions
 
 GENDER_WORDS = (["she"], ["he"])
 # A little inside the limits of 0.99 and 0.75, which the edit has to keep on other texts.
@@ -252,10 +251,7 @@ def build_report(
     """
     return {
         "format": 2,
-        "versions": {
-            "hf_gradiend": __version__,
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
+        "versions": versions(),
         **asdict(origin),
         "solver": origin.settings.get("solver"),
         "base_model_revision": gradiend.config.base_model_revision,

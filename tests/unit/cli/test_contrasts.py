@@ -3,8 +3,6 @@
 import json
 
 import pytest
-from datasets.utils import logging as datasets_logging
-from transformers.utils import logging as transformers_logging
 
 from hf_gradiend.cli import main
 from hf_gradiend.modeling_gradiend import GradiendModel
@@ -16,16 +14,6 @@ TEXTS = [
     "Paul was late because [TARGET] was tired.",
     "My doctor said [TARGET] was late.",
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """`main` sets transformers' verbosity and the bars for its process; the tests share one."""
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    datasets_logging.enable_progress_bar()
 
 
 @pytest.fixture
@@ -106,7 +94,7 @@ def test_two_of_several_classes_can_be_chosen_and_joined(place, capsys):
         (["join", "--gradiend", str(place / "M"), "--dataset", data, "--dataset", data,
           "--output_dir", str(place / "bad")], "one --dataset for each"),
         (["join", "--gradiend", str(place / "M"), "--dataset", data,
-          "--output_dir", str(place / "joined")], "new or empty folder"),
+          "--output_dir", str(place / "joined")], "new or empty folder for the GRADIEND"),
     )  # fmt: skip
     for argv, words in bad:
         assert main(argv) == 2

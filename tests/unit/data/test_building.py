@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-import datasets
 import pytest
 from datasets import DatasetDict, load_dataset
 
@@ -29,11 +28,6 @@ PLACES = ("garden", "kitchen", "harbour", "station", "market", "library", "tower
 
 # Python warns of forks while other threads run, which the libraries start.
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
