@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     arguments = GradiendTrainingArguments(output_dir=str(folder), disable_tqdm=args.json, **given)
     data = feature_data(args.dataset, None if args.contrasts else args.feature_classes)
     neutral = None if args.neutral is None else load_neutral_texts(args.neutral)
+    # Half of the neutral texts to fit on, half to report on.
+    fitted_on, unseen = (None, None) if neutral is None else (neutral[1::2], neutral[::2])
     base_model, tokenizer = load_base_model(args.base_model, gguf_file=args.gguf_file)
     if args.contrasts is not None:
         return learn_contrasts(args, arguments, data, base_model, tokenizer, neutral)
@@ -88,11 +90,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         args=arguments,
         train_dataset=split_of(data, "train"),
         eval_dataset=data.get("validation"),
+        neutral_texts=fitted_on,
     )
     trained = trainer.train(resume_from_checkpoint=args.resume or None)
     splits = held_out(data)
     encoder = read_encoder(
-        trainer.model, base_model, tokenizer, splits, neutral_texts=neutral, progress=not args.json
+        trainer.model, base_model, tokenizer, splits, neutral_texts=unseen, progress=not args.json
     )
     report = build_report(
         trainer.model,

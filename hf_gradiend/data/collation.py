@@ -79,6 +79,16 @@ class PreparedTexts(Sequence[PreparedText]):
     def __len__(self) -> int:
         return len(self.texts)
 
+    @classmethod
+    def numbered(cls, texts: Iterable[PreparedText]) -> "PreparedTexts":
+        """Texts as a data set of their own, numbered from 0.
+
+        Args:
+            texts: Tokenised texts, of whatever rows.
+        """
+        own = tuple(PreparedText(row, text.readings) for row, text in enumerate(texts))
+        return cls(own, n_rows=len(own))
+
 
 @dataclass(frozen=True)
 class TargetBatch:

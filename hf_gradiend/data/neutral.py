@@ -1,11 +1,21 @@
 """Neutral texts as readings: one ordinary word of each, against one of another text."""
 
+import logging
 import random
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
-from hf_gradiend.data.collation import SLOT
+from transformers import PreTrainedTokenizerBase
+
+from hf_gradiend.base_models import Objective
+from hf_gradiend.data.collation import SLOT, PreparedText, PreparedTexts, prepare_texts
+from hf_gradiend.data.templates import build_neutral_texts
 from hf_gradiend.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+N_FITTED = 96  # neutral texts that an encoder is fitted on
 
 
 def neutral_readings(texts: Sequence[str], *, seed: int = 0) -> list[dict[str, str]]:
@@ -47,3 +57,37 @@ def neutral_readings(texts: Sequence[str], *, seed: int = 0) -> list[dict[str, s
             }
         )
     return rows
+
+
+def neutral_to_fit(
+    texts: Sequence[str] | None,
+    processing_class: PreTrainedTokenizerBase,
+    objective: Objective,
+) -> PreparedTexts | None:
+    """Neutral words that an encoder is fitted on, to be read as 0.
+
+    Args:
+        texts: Neutral texts, of which the first 96 are read; `None` for the package's own, English,
+            of the split `train`.
+        processing_class: Tokenizer of the base model.
+        objective: `"masked"` or `"causal"`.
+
+    Returns:
+        Readings of each text's own word and of another, numbered from 0. Words that the tokenizer
+        does not know are left out; where it knows none, `None` and a warning.
+
+    Raises:
+        DataError: If a text holds the slot, or fewer than two are long enough.
+    """  # noqa: DOC502 - raised by neutral_readings
+    own = build_neutral_texts()["train"]["text"] if texts is None else texts
+    readings: list[PreparedText] = []
+    for row in neutral_readings(own[:N_FITTED]):
+        with suppress(DataError):
+            readings += prepare_texts([row], processing_class, objective)
+    if not readings:
+        logger.warning(
+            "The tokenizer knows none of the neutral words, so that the encoder is fitted without. "
+            "Pass neutral_texts in its language."
+        )
+        return None
+    return PreparedTexts.numbered(readings)

@@ -42,7 +42,9 @@ def fit_scale(projections: Tensor, signs: Tensor) -> tuple[float, float]:
     return scale, -scale * (plus + minus) / 2.0
 
 
-def fit_plane(z: Tensor, signs: Tensor, neutral: Tensor) -> tuple[tuple[float, float], float]:
+def fit_plane(
+    z: Tensor, signs: Tensor, neutral: Tensor | None
+) -> tuple[tuple[float, float], float]:
     """Mixture of two projections that reads the sides as ±1 and neutral words as 0.
 
     Least squares with each of the three groups of equal weight, then scaled as by `fit_scale`. The
@@ -51,7 +53,7 @@ def fit_plane(z: Tensor, signs: Tensor, neutral: Tensor) -> tuple[tuple[float, f
     Args:
         z: Projections of the sides' texts on E[x|+] and E[x|−], `(texts, 2)`.
         signs: +1 or −1, `(texts,)`.
-        neutral: Projections of neutral words, `(words, 2)`.
+        neutral: Projections of neutral words, `(words, 2)`; `None` for the plain difference.
 
     Returns:
         Mixture and offset of h = tanh(mixture · z + offset).
@@ -59,11 +61,11 @@ def fit_plane(z: Tensor, signs: Tensor, neutral: Tensor) -> tuple[tuple[float, f
     Raises:
         NumericalError: If the sides' means are not finite or not in order.
     """  # noqa: DOC502 - raised by fit_scale
-    z, neutral = z.double(), neutral.double()
-    difference = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    plain, plane = (
-        _scaled(z, signs, mixture) for mixture in (difference, _least_squares(z, signs, neutral))
-    )
+    z = z.double()
+    plain = _scaled(z, signs, torch.tensor([1.0, -1.0], dtype=torch.float64))
+    if neutral is None:
+        return plain
+    plane = _scaled(z, signs, _least_squares(z, signs, neutral.double()))
 
     def accuracy(fit: tuple[tuple[float, float], float]) -> float:
         mixture, offset = fit

@@ -75,8 +75,7 @@ class ClassTexts:
 
     def prepared(self) -> PreparedTexts:
         """The same texts, numbered from 0."""
-        numbered = (PreparedText(row, text.readings) for row, text in enumerate(self.texts))
-        return PreparedTexts(tuple(numbered), n_rows=len(self.texts))
+        return PreparedTexts.numbered(self.texts)
 
 
 def class_texts(

@@ -13,8 +13,8 @@ from hf_gradiend.parameters import ParameterSelection
 class ClassMeans:
     """Running means of source and target gradients for the two classes, float32.
 
-    Holds 3 · n_selected numbers: the source direction E[x|+] − E[x|−] and the target means E[t|+]
-    and E[t|−].
+    Holds 4 · n_selected numbers: the source means E[x|+] and E[x|−] and the target means E[t|+] and
+    E[t|−].
 
     Args:
         selection: Weights whose gradients are averaged.
@@ -35,7 +35,7 @@ class ClassMeans:
         self.source = source
         self.target = target
         self.class_sizes = dict(class_sizes)
-        self.direction = _zeros(selection)
+        self.source_means = {sign: _zeros(selection) for sign in (+1, -1)}
         self.target_means = {sign: _zeros(selection) for sign in (+1, -1)}
 
     def add(self, stream: GradientStream, batch: TargetBatch, sign: int) -> dict[str, float]:
@@ -52,10 +52,24 @@ class ClassMeans:
         losses = stream.losses(batch, tuple(dict.fromkeys((self.source, self.target))))
         share = batch.n_texts / self.class_sizes[sign]
         adders: dict[str, list[Callable[[str, Tensor], None]]] = {side: [] for side in losses}
-        adders[self.source].append(self._adder(self.direction, sign * share))
+        adders[self.source].append(self._adder(self.source_means[sign], share))
         adders[self.target].append(self._adder(self.target_means[sign], share))
         stream.backward_each(losses, lambda side: _all_of(adders[side]))
         return {f"{side}_loss": loss.item() for side, loss in losses.items()}
+
+    def to_direction(self, mixture: tuple[float, float]) -> dict[str, Tensor]:
+        """The encoder's direction, a mixture of E[x|+] and E[x|−].
+
+        Turns the source means into it in place, so that no copy of n numbers is made; call it once,
+        at the end.
+
+        Args:
+            mixture: Factors of E[x|+] and of E[x|−]; (1, −1) is their difference.
+        """
+        plus, minus = self.source_means.pop(+1), self.source_means.pop(-1)
+        for name, values in plus.items():
+            values.mul_(mixture[0]).add_(minus.pop(name), alpha=mixture[1])
+        return plus
 
     def to_decoder(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """W_d = (E[t|+] − E[t|−])/2 and b_d = (E[t|+] + E[t|−])/2, least in loss at h = ±1.
@@ -71,9 +85,12 @@ class ClassMeans:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The running sums under one flat set of names."""
-        groups = {"direction": self.direction, "plus": self.target_means[+1]}
-        groups["minus"] = self.target_means[-1]
-        return {f"{group}.{name}": t for group, held in groups.items() for name, t in held.items()}
+        return {
+            f"{kind}_{side}.{name}": tensor
+            for kind, means in (("source", self.source_means), ("target", self.target_means))
+            for side, sign in (("plus", +1), ("minus", -1))
+            for name, tensor in means[sign].items()
+        }
 
     def _adder(self, sums: dict[str, Tensor], factor: float) -> Callable[[str, Tensor], None]:
         entries = {entry.name: entry for entry in self.selection}

@@ -6,7 +6,9 @@ that read the same to the model, such as a template that every class's word fits
 their classes at once.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -14,10 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradiend.base_models import Objective, check_base_model, objective_of, pad_token_id_of
-from hf_gradiend.data.collation import PreparedText, PreparedTexts, TargetBatch, prepare_texts
-from hf_gradiend.data.neutral import neutral_readings
-from hf_gradiend.data.templates import build_neutral_texts
+from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id_of
+from hf_gradiend.data.collation import PreparedTexts, TargetBatch
+from hf_gradiend.data.neutral import neutral_to_fit
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.gradients.backward import Consume, GradientStream, gradient_stream
 from hf_gradiend.gradients.forward import project_texts
@@ -26,12 +27,11 @@ from hf_gradiend.parameters import ParameterSelection, select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.calibration import fit_plane
 from hf_gradiend.training.class_texts import ClassTexts, Pattern, class_texts
-from hf_gradiend.training.contrasts import Contrast, all_pairs, one_against_rest
+from hf_gradiend.training.contrasts import Contrast, all_pairs, one_against_rest, rows_of
 from hf_gradiend.training.pruning import pruned_gradiend
 from hf_gradiend.training.setup import gradiend_config, words_of_classes
 from hf_gradiend.training.solvers import build_gradiend, padded_parts
-
-N_NEUTRAL = 96  # neutral texts that the encoders are fitted on
+from hf_gradiend.training.trainer import GradiendTrainer
 
 
 class WordSums:
@@ -114,6 +114,7 @@ def train_contrasts(
     train_dataset: Dataset,
     *,
     kind: str = "pairs",
+    eval_dataset: Dataset | None = None,
     neutral_texts: Sequence[str] | None = None,
 ) -> Iterator[tuple[Contrast, GradiendModel]]:
     """Learn all pairs of several classes, or each against the rest, from one pass over the data.
@@ -123,13 +124,17 @@ def train_contrasts(
     0 best: the difference of the means alone reads neutral words as one side wherever that side's
     gradients are the smaller ones.
 
+    The closed form with source factual and target diff shares the pass; with other arguments, each
+    contrast is trained by `GradiendTrainer` from its own rows, one after the other.
+
     Args:
         base_model: Masked or causal language model with its head; left as it was.
         processing_class: Its tokenizer.
-        args: Training arguments: solver `closed_form`, source `factual`, target `diff`.
+        args: Training arguments.
         train_dataset: Feature data set with two or more classes, for each text one row per other
             class.
         kind: `"pairs"` or `"rest"`.
+        eval_dataset: Feature data set for `adamw` to choose seed and checkpoint on.
         neutral_texts: Texts without the feature to fit the encoders on; `None` for the package's
             own, English, of the split `train`.
 
@@ -138,72 +143,119 @@ def train_contrasts(
         GRADIENDs, one after the other: each holds 3 · n_selected numbers.
 
     Raises:
-        ConfigError: If the arguments ask for something else than the closed form of the difference.
+        ConfigError: If the kind is another one.
         DataError: If a text lacks the word of a class.
         BaseModelError: If the base model carries an adapter, is quantised, offloaded or broken.
     """  # noqa: DOC502 - DataError and BaseModelError are raised by what it calls
-    _check(args, kind)
+    if kind not in {"pairs", "rest"}:
+        raise ConfigError(f"Expected the kind pairs or rest, but got {kind!r}.")
+    contrasts_of = all_pairs if kind == "pairs" else one_against_rest
+    shared = (args.solver, args.source, args.target) == ("closed_form", "factual", "diff")
+    if not shared or args.prune_fraction is not None:
+        names = args.feature_classes or sorted(set(train_dataset["factual_class"]))
+
+        def alone(contrast: Contrast) -> GradiendModel:
+            trainer = GradiendTrainer(
+                base_model,
+                processing_class,
+                _arguments_of(contrast, args),
+                rows_of(contrast, train_dataset),
+                None if eval_dataset is None else rows_of(contrast, eval_dataset),
+                neutral_texts=neutral_texts,
+            )
+            trainer.train()
+            return trainer.model
+
+        return ((contrast, alone(contrast)) for contrast in contrasts_of(names))
     check_base_model(base_model)
     objective = objective_of(base_model)
     texts = class_texts(
         train_dataset, processing_class, objective, args.feature_classes, max_length=args.max_length
     ).balanced(args.max_train_texts, args.seed)
     fitted, calibration = texts.split(args.calibration_fraction, args.seed)
+    neutral = neutral_to_fit(neutral_texts, processing_class, objective)
     selection = select_parameters(base_model, args.parameters)
     pad = pad_token_id_of(processing_class)
-    sums = WordSums(selection, fitted)
-    with (
-        gradient_stream(base_model, selection) as stream,
-        tqdm(total=len(fitted.texts), desc="Class means", unit="text", disable=args.disable_tqdm)
-        as bar,
-    ):  # fmt: skip
-        for pattern in sums.patterns:
-            own = [t for t, p in zip(fitted.texts, fitted.patterns, strict=True) if p == pattern]
-            for part in padded_parts(own, pad, base_model.device):
-                sums.add(stream, part, pattern)
-                bar.update(part.n_texts)
-    words = words_of_classes(train_dataset)
-    neutral = _neutral_readings(neutral_texts, processing_class, objective)
-
-    def projected(of_class: int) -> tuple[Tensor, Tensor]:
-        """Calibration texts and neutral words on the mean gradient of a class."""
-        direction = {e.name: sums.mean(e.name, of_class, of_class) for e in selection}
-        classes, others = (
-            project_texts(
-                base_model,
-                read,
-                selection,
-                direction,
-                pad_token_id=pad,
-                batch_size=args.per_device_eval_batch_size,
-            )
-            for read in (calibration.prepared(), neutral)
-        )
-        return classes, others
-
+    sums = _class_sums(base_model, selection, fitted, pad, progress=not args.disable_tqdm)
     # A side's mean is a mean of class means, so that these projections serve every contrast.
-    parts = [projected(k) for k in range(len(texts.classes))]
+    of_classes = _on_class_means(base_model, sums, calibration.prepared(), pad, args)
+    of_neutral = None if neutral is None else _on_class_means(base_model, sums, neutral, pad, args)
+    names, words = texts.classes, words_of_classes(train_dataset)
 
     def gradiend(contrast: Contrast) -> GradiendModel:
-        directions, *decoder = sums.closed_form(contrast)
         sides = (contrast.positive, contrast.negative)
-        classes, others = (
-            torch.stack([_mean([parts[k][what] for k in side.classes]) for side in sides], -1)
-            for what in (0, 1)
-        )
-        z, signs = _signed(classes, calibration, contrast)
-        mixture, offset = fit_plane(z, signs, others[:, 0])
-        direction = directions[0]
+
+        def on_sides(projections: Tensor) -> Tensor:
+            means = [projections[..., list(side.classes)].mean(-1) for side in sides]
+            return torch.stack(means, dim=-1)
+
+        z, signs = _signed(on_sides(of_classes), calibration, contrast)
+        own_words = None if of_neutral is None else on_sides(of_neutral)[:, 0]
+        mixture, offset = fit_plane(z, signs, own_words)
+        (direction, minus), weight, bias = sums.closed_form(contrast)
         for name, values in direction.items():
-            values.mul_(mixture[0]).add_(directions[1].pop(name), alpha=mixture[1])
+            values.mul_(mixture[0]).add_(minus.pop(name), alpha=mixture[1])
         of_side = {s.name: sorted({w for k in s.classes for w in words[names[k]]}) for s in sides}
         config = gradiend_config(base_model, selection, args, list(of_side), of_side)
-        made = build_gradiend(selection, config, (direction, offset), (decoder[0], decoder[1]))
+        made = build_gradiend(selection, config, (direction, offset), (weight, bias))
         return made if args.top_k is None else pruned_gradiend(made, args.top_k)
 
-    names = texts.classes
-    contrasts = (all_pairs if kind == "pairs" else one_against_rest)(names)
-    return ((contrast, gradiend(contrast)) for contrast in contrasts)
+    return ((contrast, gradiend(contrast)) for contrast in contrasts_of(names))
+
+
+def _arguments_of(contrast: Contrast, args: GradiendTrainingArguments) -> GradiendTrainingArguments:
+    """The arguments with a contrast's own classes and folder."""
+    own = copy.copy(args)
+    own.output_dir = str(Path(args.output_dir or "gradiend") / contrast.name)
+    own.feature_classes = [contrast.positive.name, contrast.negative.name]
+    return own
+
+
+def _class_sums(
+    base_model: PreTrainedModel,
+    selection: ParameterSelection,
+    texts: ClassTexts,
+    pad_token_id: int,
+    *,
+    progress: bool,
+) -> WordSums:
+    """The one pass over the data: gradients of every class's word, summed by pattern."""
+    sums = WordSums(selection, texts)
+    with (
+        gradient_stream(base_model, selection) as stream,
+        tqdm(total=len(texts.texts), desc="Class means", unit="text", disable=not progress) as bar,
+    ):
+        for pattern in sums.patterns:
+            own = [t for t, p in zip(texts.texts, texts.patterns, strict=True) if p == pattern]
+            for part in padded_parts(own, pad_token_id, base_model.device):
+                sums.add(stream, part, pattern)
+                bar.update(part.n_texts)
+    return sums
+
+
+def _on_class_means(
+    base_model: PreTrainedModel,
+    sums: WordSums,
+    texts: PreparedTexts,
+    pad_token_id: int,
+    args: GradiendTrainingArguments,
+) -> Tensor:
+    """Projections of texts' words on the mean gradient of each class, `(texts, words, classes)`."""
+    found: list[Tensor] = []
+    for k in range(len(sums.counts)):
+        direction = {entry.name: sums.mean(entry.name, k, k) for entry in sums.selection}
+        found.append(
+            project_texts(
+                base_model,
+                texts,
+                sums.selection,
+                direction,
+                pad_token_id=pad_token_id,
+                batch_size=args.per_device_eval_batch_size,
+                progress=None if args.disable_tqdm else f"Calibration {k + 1}/{len(sums.counts)}",
+            )
+        )
+    return torch.stack(found, dim=-1)
 
 
 def _signed(projections: Tensor, texts: ClassTexts, contrast: Contrast) -> tuple[Tensor, Tensor]:
@@ -223,26 +275,3 @@ def _signed(projections: Tensor, texts: ClassTexts, contrast: Contrast) -> tuple
                 values.append(projections[row, k])
                 signs.append(sign)
     return torch.stack(values), torch.tensor(signs)
-
-
-def _neutral_readings(
-    texts: Sequence[str] | None, processing_class: PreTrainedTokenizerBase, objective: Objective
-) -> PreparedTexts:
-    if texts is None:
-        texts = build_neutral_texts()["train"]["text"][:N_NEUTRAL]
-    rows = neutral_readings(texts[:N_NEUTRAL])
-    prepared = prepare_texts(rows, processing_class, objective, words=("factual",))
-    numbered = (PreparedText(row, text.readings) for row, text in enumerate(prepared))
-    return PreparedTexts(tuple(numbered), n_rows=len(prepared))
-
-
-def _check(args: GradiendTrainingArguments, kind: str) -> None:
-    if kind not in {"pairs", "rest"}:
-        raise ConfigError(f"Expected the kind pairs or rest, but got {kind!r}.")
-    if args.prune_fraction is not None:
-        raise ConfigError("Expected no prune_fraction for several classes. Use top_k instead.")
-    if (args.solver, args.source, args.target) != ("closed_form", "factual", "diff"):
-        raise ConfigError(
-            f"Expected the closed form with source factual and target diff for several classes, "
-            f"but got {args.solver}, {args.source} and {args.target}. Train other pairs one by one."
-        )

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_gradiend.configuration_gradiend import GradiendConfig
-from hf_gradiend.data.collation import PreparedText, TargetBatch, collate
+from hf_gradiend.data.collation import PreparedText, PreparedTexts, TargetBatch, collate
 from hf_gradiend.errors import NumericalError
 from hf_gradiend.gradients.backward import Consume, GradientStream
 from hf_gradiend.gradients.forward import project_texts
@@ -18,7 +18,7 @@ from hf_gradiend.gradients.objectives import side_scores
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection
 from hf_gradiend.training.arguments import GradiendTrainingArguments
-from hf_gradiend.training.calibration import fit_scale
+from hf_gradiend.training.calibration import fit_plane
 from hf_gradiend.training.means import ClassMeans
 from hf_gradiend.training.texts import ClassBatch, LabelledTexts, batch_at, one_pass
 from hf_gradiend.training.update import AdamWSettings, FusedAdamW
@@ -37,6 +37,7 @@ class TrainingProblem:
         selection: Weights of the GRADIEND.
         config: Configuration of the GRADIEND to make.
         texts: Training texts.
+        neutral: Neutral words, which the closed form's encoder is to read as 0; `None` for none.
         pad_token_id: Token id to pad with.
         args: Training arguments.
         reduce: Sums a tensor over all processes, in place.
@@ -48,6 +49,7 @@ class TrainingProblem:
     selection: ParameterSelection
     config: GradiendConfig
     texts: LabelledTexts
+    neutral: PreparedTexts | None
     pad_token_id: int
     args: GradiendTrainingArguments
     reduce: Callable[[Tensor], Tensor]
@@ -109,9 +111,10 @@ class Solver(Protocol):
 class ClosedFormSolver:
     """Class means in one pass: the decoder that minimises the loss at h = ±1, and its encoder.
 
-    W_d = (E[t|+] − E[t|−])/2, b_d = (E[t|+] + E[t|−])/2. The encoder's direction is
-    E[x|+] − E[x|−]; its scale and b_e are fitted on texts that the direction has not seen, since a
-    text's own gradient in the mean would flatter it.
+    W_d = (E[t|+] − E[t|−])/2, b_d = (E[t|+] + E[t|−])/2. The encoder lies in the plane of E[x|+]
+    and E[x|−]; where in it, how long, and b_e are fitted on neutral words and on texts that the
+    means have not seen, since a text's own gradient in the mean would flatter it. Their plain
+    difference would read neutral words as one side wherever that side's gradients are the smaller.
 
     Args:
         problem: What to learn from.
@@ -144,28 +147,38 @@ class ClosedFormSolver:
         """The GRADIEND of the means, calibrated. Uses the means up: call it once, at the end."""
         for tensor in self.means.state_tensors().values():
             self.problem.reduce(tensor)
-        scale, offset = self._calibrate()
-        for direction in self.means.direction.values():
-            direction.mul_(scale)
-        encoder, decoder = (self.means.direction, offset), self.means.to_decoder()
+        mixture, offset = self._calibrate()
+        encoder = (self.means.to_direction(mixture), offset)
+        decoder = self.means.to_decoder()
         return [build_gradiend(self.problem.selection, self.problem.config, encoder, decoder)]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The running means."""
         return self.means.state_tensors()
 
-    def _calibrate(self) -> tuple[float, float]:
-        problem = self.problem
-        projections = project_texts(
-            problem.base_model,
-            self.calibration.prepared(),
-            problem.selection,
-            self.means.direction,
-            pad_token_id=problem.pad_token_id,
-            batch_size=problem.args.per_device_eval_batch_size,
+    def _calibrate(self) -> tuple[tuple[float, float], float]:
+        neutral = self.problem.neutral
+        return fit_plane(
+            self._projected(self.calibration.prepared()),
+            torch.tensor(self.calibration.signs),
+            None if neutral is None else self._projected(neutral),
         )
-        source = side_scores(-projections, problem.args.source)
-        return fit_scale(source, torch.tensor(self.calibration.signs))
+
+    def _projected(self, texts: PreparedTexts) -> Tensor:
+        """Source projections of texts on both classes' mean source gradients, `(texts, 2)`."""
+        problem = self.problem
+        found = [
+            project_texts(
+                problem.base_model,
+                texts,
+                problem.selection,
+                self.means.source_means[sign],
+                pad_token_id=problem.pad_token_id,
+                batch_size=problem.args.per_device_eval_batch_size,
+            )
+            for sign in (+1, -1)
+        ]
+        return torch.stack([side_scores(-z, problem.args.source) for z in found], dim=1)
 
 
 class AdamWSolver:

@@ -62,10 +62,7 @@ class LabelledTexts:
 
     def prepared(self) -> PreparedTexts:
         """The same texts, numbered from 0, as a data set of their own."""
-        return PreparedTexts(
-            tuple(PreparedText(row, text.readings) for row, text in enumerate(self.texts)),
-            n_rows=len(self.texts),
-        )
+        return PreparedTexts.numbered(self.texts)
 
     def take(self, rows: Sequence[int]) -> "LabelledTexts":
         """The texts of some rows."""

@@ -32,6 +32,7 @@ from transformers.trainer_callback import (
 from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id_of
 from hf_gradiend.data.collation import PreparedTexts, prepare_texts
 from hf_gradiend.data.loading import classes_of, validate_feature_dataset
+from hf_gradiend.data.neutral import neutral_to_fit
 from hf_gradiend.errors import ConfigError, DataError, NumericalError
 from hf_gradiend.files import writable_folder, write_json
 from hf_gradiend.gradients.backward import gradient_stream
@@ -92,6 +93,8 @@ class GradiendTrainer:
         train_dataset: Feature data set.
         eval_dataset: Feature data set for evaluation during training; `None` for none.
         callbacks: transformers' trainer callbacks.
+        neutral_texts: Texts without the feature, which the closed form's encoder is fitted to read
+            as 0; `None` for the package's own, English.
 
     Raises:
         ConfigError: If the arguments contradict each other or the data.
@@ -108,6 +111,7 @@ class GradiendTrainer:
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        neutral_texts: Sequence[str] | None = None,
     ) -> None:
         check_base_model(base_model)
         self.base_model = base_model
@@ -123,6 +127,9 @@ class GradiendTrainer:
             None
             if eval_dataset is None
             else self._labelled(eval_dataset).balanced(args.max_eval_texts, args.seed)
+        )
+        self.neutral_texts = neutral_to_fit(
+            neutral_texts, processing_class, objective_of(base_model)
         )
         self.selection = select_parameters(base_model, args.parameters)
         self.state = TrainerState()
@@ -392,6 +399,7 @@ class GradiendTrainer:
                 words_of_classes(self.train_dataset),
             ),
             texts=texts or self.train_texts,
+            neutral=self.neutral_texts,
             pad_token_id=self._pad_token_id,
             args=self.args,
             reduce=self._sum_over_processes,
@@ -480,6 +488,8 @@ class GradiendTrainer:
         content["classes"] = self.classes
         texts = repr((self.train_texts.texts, self.train_texts.signs))
         content["train_texts"] = hashlib.sha256(texts.encode()).hexdigest()
+        neutral = repr(self.neutral_texts and self.neutral_texts.texts)
+        content["neutral_texts"] = hashlib.sha256(neutral.encode()).hexdigest()
         return json.dumps(content, sort_keys=True)
 
 

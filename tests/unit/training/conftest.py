@@ -7,6 +7,7 @@ import pytest
 from hf_gradiend.base_models import objective_of
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.collation import prepare_texts
+from hf_gradiend.data.neutral import neutral_to_fit
 from hf_gradiend.parameters import ParameterSelection, select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.solvers import TrainingProblem
@@ -52,6 +53,7 @@ def problem_of(arguments) -> Callable[..., TrainingProblem]:
                 decoder_initialization=args.decoder_initialization,
             ),
             texts=label_texts(texts, data, ["F", "M"]),
+            neutral=neutral_to_fit(None, planted.tokenizer, objective_of(planted.model)),
             pad_token_id=planted.tokenizer.pad_token_id,
             args=args,
             reduce=lambda tensor: tensor,

@@ -56,8 +56,8 @@ def test_class_means_are_the_means_of_the_single_gradients(problem, source, targ
     means = class_means(problem, source, target)
 
     x, t = single_gradients(problem, source), single_gradients(problem, target)
-    assert_same(means.direction, {n: x[+1][n].mean(0) - x[-1][n].mean(0) for n in x[+1]})
     for sign in ROWS:
+        assert_same(means.source_means[sign], {name: g.mean(0) for name, g in x[sign].items()})
         assert_same(means.target_means[sign], {name: g.mean(0) for name, g in t[sign].items()})
 
 
@@ -65,7 +65,7 @@ def test_the_size_of_the_batches_makes_no_difference(problem):
     one_by_one = class_means(problem, "factual", "diff", size=1)
     at_once = class_means(problem, "factual", "diff", size=5)
 
-    assert_same(one_by_one.direction, at_once.direction)
+    assert_same(one_by_one.source_means[+1], at_once.source_means[+1])
     assert_same(one_by_one.target_means[-1], at_once.target_means[-1])
 
 
@@ -76,9 +76,19 @@ def test_a_sparse_selection_holds_its_entries_of_the_dense_means(problem):
 
     sparse = class_means(problem, "factual", "diff", selection=sparse_selection)
 
-    gathered = sparse_selection.gather(dense.direction)
-    assert_same(sparse.direction, gathered)
-    assert sum(t.numel() for t in sparse.direction.values()) == sparse_selection.n_selected
+    gathered = sparse_selection.gather(dense.source_means[+1])
+    found = sparse.source_means[+1]
+    assert_same(found, gathered)
+    assert sum(t.numel() for t in found.values()) == sparse_selection.n_selected
+
+
+def test_a_direction_mixes_the_source_means(problem):
+    means = class_means(problem, "factual", "diff")
+    plus, minus = ({n: t.clone() for n, t in means.source_means[s].items()} for s in (+1, -1))
+
+    direction = means.to_direction((3.0, -0.5))
+
+    assert_same(direction, {name: 3.0 * plus[name] - 0.5 * minus[name] for name in plus})
 
 
 def test_weights_that_no_loss_reaches_have_zero_means(planted, problem_of):
@@ -88,8 +98,9 @@ def test_weights_that_no_loss_reaches_have_zero_means(planted, problem_of):
 
     means = class_means(problem, "factual", "diff")
 
-    assert float(means.direction["unused.weight"].abs().max()) == 0.0
-    assert max(float(t.abs().max()) for t in means.direction.values()) > 1e-3
+    plus = means.source_means[+1]
+    assert float(plus["unused.weight"].abs().max()) == 0.0
+    assert max(float(t.abs().max()) for t in plus.values()) > 1e-3
 
 
 @pytest.mark.parametrize("target", ["diff", "factual"])

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,32 +69,36 @@ def source_gradients(problem, texts):
     ]  # fmt: skip
 
 
-def test_the_closed_form_is_the_class_means_of_the_texts_that_do_not_calibrate(planted, problem_of):
+@pytest.mark.parametrize("with_neutral", [False, True], ids=["difference", "plane"])
+def test_the_closed_form_is_made_of_the_class_means_of_the_texts_that_do_not_calibrate(
+    planted, problem_of, with_neutral
+):
     problem = problem_of(planted)
+    if not with_neutral:
+        problem = replace(problem, neutral=None)
     solver = ClosedFormSolver(problem)
     found = {sign: source_gradients(problem, solver.fitted.of_sign(sign)) for sign in (+1, -1)}
 
     run(problem, solver)
     (gradiend,) = solver.models()
 
-    def mean(sign, side, name):
-        return torch.stack([one[side][name] for one in found[sign]]).mean(0)
+    def mean(sign, side):
+        means = (torch.stack([g[side][n] for g in found[sign]]).mean(0) for n in gradiend.names)
+        return torch.cat([values.flatten() for values in means])
 
-    direction = {n: mean(+1, "factual", n) - mean(-1, "factual", n) for n in gradiend.names}
-    largest = max(float(t.abs().max()) for t in direction.values())
-    name = max(direction, key=lambda name: float(direction[name].abs().max()))
-    at = int(direction[name].abs().argmax())
-    scale = (
-        gradiend.encoder.weight.at(name).view(-1)[at].item() / direction[name].view(-1)[at].item()
-    )
-    assert scale > 0  # towards the + class
-    for name in gradiend.names:
-        plus, minus = mean(+1, "diff", name), mean(-1, "diff", name)
-        close = {"rtol": 1e-3, "atol": 1e-5 * largest}  # sums of float32 in another order
-        encoder = gradiend.encoder.weight.at(name)[0]
-        torch.testing.assert_close(encoder, scale * direction[name], rtol=1e-3, atol=scale * 1e-5)
-        torch.testing.assert_close(gradiend.decoder.weight.at(name)[0], (plus - minus) / 2, **close)
-        torch.testing.assert_close(gradiend.decoder.bias.at(name), (plus + minus) / 2, **close)
+    def flat(part):
+        return torch.cat([part.at(name).flatten() for name in gradiend.names])
+
+    means = torch.stack([mean(+1, "factual"), mean(-1, "factual")], 1)
+    directions = means if with_neutral else means[:, :1] - means[:, 1:]
+    encoder = flat(gradiend.encoder.weight)[:, None]
+    mixture = torch.linalg.lstsq(directions, encoder, driver="gelsd").solution
+    assert mixture[0] > 0  # towards the + class
+    close = {"rtol": 1e-3, "atol": 1e-5 * float(means.abs().max())}  # float32 in another order
+    torch.testing.assert_close(encoder / mixture[0], directions @ mixture / mixture[0], **close)
+    plus, minus = mean(+1, "diff"), mean(-1, "diff")
+    torch.testing.assert_close(flat(gradiend.decoder.weight), (plus - minus) / 2, **close)
+    torch.testing.assert_close(flat(gradiend.decoder.bias), (plus + minus) / 2, **close)
 
 
 def test_the_average_text_that_calibrated_is_encoded_at_nine_tenths(planted, problem_of):
@@ -218,7 +223,7 @@ def test_the_solvers_share_of_two_processes_adds_up_to_that_of_one(planted, prob
 
     for name, tensor in expected.items():
         torch.testing.assert_close(total[name], tensor, rtol=1e-3, atol=1e-6)
-    assert float(expected["direction." + whole.selection.names[0]].abs().max()) > 1e-5
+    assert float(expected["source_plus." + whole.selection.names[0]].abs().max()) > 1e-5
 
 
 @pytest.mark.parametrize("solver_class", [ClosedFormSolver, AdamWSolver])
