@@ -81,6 +81,7 @@ def read_encoder(
     splits: Mapping[str, Dataset],
     *,
     neutral_texts: Sequence[str] | None = None,
+    other_texts: Dataset | None = None,
     progress: bool = True,
 ) -> EncoderReport:
     """`evaluate_encoder` with the package's own neutral texts and, for gender, its transfer pairs.
@@ -91,6 +92,7 @@ def read_encoder(
         processing_class: The base model's tokenizer.
         splits: Feature data sets by name.
         neutral_texts: Texts without the feature; `None` for the package's own.
+        other_texts: Texts of other classes than the GRADIEND's two.
         progress: Show progress bars.
     """
     if neutral_texts is None:
@@ -102,6 +104,7 @@ def read_encoder(
         splits,
         neutral_texts,
         transfer=_oriented_transfer(gradiend) if is_gender(gradiend) else None,
+        other_texts=other_texts,
         progress=progress,
     )
 
