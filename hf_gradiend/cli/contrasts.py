@@ -57,6 +57,7 @@ def learn_contrasts(
         arguments,
         split_of(data, "train"),
         kind=args.contrasts,
+        eval_dataset=data.get("validation"),
         neutral_texts=None if neutral is None else neutral[1::2],
     )
     unseen = None if neutral is None else neutral[::2]
