@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -202,6 +205,65 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Keep no keys and values of past tokens, which a single forward pass has no use for."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+@contextmanager
+def checkpointed_layers(model: nn.Module) -> Iterator[None]:
+    """Keep only the inputs of layers for the backward pass, which computes the layers once more.
+
+    transformers checkpoints a layer only in training mode; its dropout must stay off all the same.
+    So each layer is in training mode where it decides, and in evaluation mode where it computes.
+
+    Args:
+        model: Model in evaluation mode; every layer is put back as it was.
+
+    Raises:
+        BaseModelError: If its layers cannot be checkpointed.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise BaseModelError(
+            f"Expected a base model whose layers can be checkpointed, but {type(model).__name__} "
+            f"does not support it. Train without gradient_checkpointing."
+        )
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
+    before = [{k: v for k, v in vars(layer).items() if k in names} for layer in layers]
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            vars(layer)["_gradient_checkpointing_func"] = partial(_checkpoint, layer)
+            layer.training = True
+        yield
+    finally:
+        for layer, held in zip(layers, before, strict=True):
+            for name in names:
+                vars(layer).pop(name, None)
+            vars(layer).update(held)
+
+
+def _checkpoint(layer: nn.Module, function: Callable[..., object], *inputs: object) -> object:
+    def compute(*inputs: object) -> object:
+        layer.training = False
+        try:
+            return function(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager

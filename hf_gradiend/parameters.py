@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -250,7 +250,18 @@ class ParameterSelection:
         """
         if not 0.0 < fraction <= 1.0:
             raise SelectionError(f"Expected a fraction to keep in (0, 1], but got {fraction!r}.")
-        n_kept = max(1, round(fraction * self.n_selected))
+        return self.largest(scores, max(1, round(fraction * self.n_selected)))
+
+    def largest(self, scores: Mapping[str, Tensor], n_kept: int) -> "ParameterSelection":
+        """The `n_kept` weights of this selection with the largest absolute scores; see `top_k`.
+
+        Args:
+            scores: Selected values of a score per weight, keyed by name, of shape `values_shape`.
+            n_kept: Number of weights to keep, from 1 to n_selected.
+
+        Raises:
+            SelectionError: If a score has another shape or is not a number.
+        """  # noqa: DOC502 - raised by _magnitude_bits
         threshold, n_ties = self._threshold(scores, n_kept)
         entries: list[SelectedParameter] = []
         for entry in self.entries:
@@ -284,6 +295,26 @@ class ParameterSelection:
             if shift == 16:
                 upper = half
         return (upper << 16) + half, n_left  # pyright: ignore[reportPossiblyUnbound]
+
+    def groups(
+        self, cost: Callable[[SelectedParameter], int], budget: int
+    ) -> list["ParameterSelection"]:
+        """This selection in consecutive parts, each as large as a budget allows.
+
+        Args:
+            cost: What a parameter costs.
+            budget: Largest sum of the costs in a part; a parameter that costs more stands alone.
+        """
+        parts: list[list[SelectedParameter]] = []
+        left = -1
+        for entry in self.entries:
+            price = cost(entry)
+            if price > left or not parts:
+                parts.append([])
+                left = budget
+            parts[-1].append(entry)
+            left -= price
+        return [ParameterSelection(tuple(part)) for part in parts]
 
     def positions_in(self, larger: "ParameterSelection") -> dict[str, Tensor]:
         """For each parameter, where its entries stand among a larger selection's values.

@@ -6,7 +6,7 @@ parameter's gradient.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_gradiend.base_models import evaluation_mode
+from hf_gradiend.base_models import checkpointed_layers, evaluation_mode, without_cache
 from hf_gradiend.data.collation import TargetBatch
 from hf_gradiend.errors import NumericalError, SelectionError
 from hf_gradiend.gradients.objectives import side_scores, target_log_probabilities
@@ -126,7 +126,7 @@ class GradientStream:
 
 @contextmanager
 def gradient_stream(
-    model: PreTrainedModel, selection: ParameterSelection
+    model: PreTrainedModel, selection: ParameterSelection, *, checkpointing: bool = False
 ) -> Iterator[GradientStream]:
     """Prepare a base model for streamed gradients; leaves it bit for bit as it was, also on error.
 
@@ -135,10 +135,15 @@ def gradient_stream(
     Args:
         model: Base model.
         selection: Parameters whose gradients are wanted.
+        checkpointing: Keep the inputs of the layers alone for the backward pass, which then
+            computes each layer once more.
 
     Yields:
         The stream of the base model's gradients.
-    """
+
+    Raises:
+        BaseModelError: If checkpointing is asked for and the base model does not support it.
+    """  # noqa: DOC502 - raised by checkpointed_layers
     parameters = selection.parameters(model)
     chosen = {id(parameter) for parameter in parameters.values()}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -151,7 +156,12 @@ def gradient_stream(
         for name, parameter in parameters.items():
             hook = partial(stream.hand_over, name=name)
             handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        with evaluation_mode(model), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(model))
+            stack.enter_context(without_cache(model))
+            stack.enter_context(torch.enable_grad())
+            if checkpointing:
+                stack.enter_context(checkpointed_layers(model))
             yield stream
     finally:
         for handle in handles:

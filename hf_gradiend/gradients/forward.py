@@ -16,7 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradiend.base_models import evaluation_mode, objective_of, pad_token_id_of
+from hf_gradiend.base_models import (
+    evaluation_mode,
+    objective_of,
+    pad_token_id_of,
+    without_cache,
+)
 from hf_gradiend.data.collation import (
     PreparedTexts,
     Rows,
@@ -27,7 +32,10 @@ from hf_gradiend.data.collation import (
 )
 from hf_gradiend.errors import BaseModelError, NumericalError
 from hf_gradiend.gradients.objectives import side_scores, target_log_probabilities
-from hf_gradiend.parameters import ParameterSelection, selection_of
+from hf_gradiend.parameters import ParameterSelection, SelectedParameter, selection_of
+
+# Tangents made at a time, where they are not views of the direction itself.
+TANGENT_BYTES = 2**30
 
 _DIFFERENTIABLE_ATTENTION = ("eager", "sdpa", None)
 
@@ -77,6 +85,7 @@ def directional_derivatives(
     with (
         torch.no_grad(),
         evaluation_mode(model),
+        without_cache(model),
         sdpa_kernel(SDPBackend.MATH),
         forward_ad.dual_level(),
     ):
@@ -125,6 +134,31 @@ def tangents_of(
     return tangents
 
 
+def tangent_groups(
+    model: PreTrainedModel,
+    selection: ParameterSelection,
+    direction: Mapping[str, Tensor],
+) -> list[ParameterSelection]:
+    """The parts of a selection whose tangents are made at a time, a pass over the texts each.
+
+    Tangents that are views of the direction cost nothing; the others of a part take at most
+    `TANGENT_BYTES`, or are those of one parameter.
+
+    Args:
+        model: Base model.
+        selection: Parameters that the direction covers.
+        direction: Selected values per name, of shape `values_shape`.
+    """
+    parameters = selection.parameters(model)
+
+    def cost(entry: SelectedParameter) -> int:
+        own, values = parameters[entry.name], direction[entry.name]
+        alike = (own.dtype, own.device) == (values.dtype, values.device)
+        return 0 if alike and entry.indices is None else entry.n_entries * own.element_size()
+
+    return selection.groups(cost, TANGENT_BYTES)
+
+
 def project_texts(
     model: PreTrainedModel,
     texts: PreparedTexts,
@@ -136,6 +170,9 @@ def project_texts(
     progress: str | None = None,
 ) -> Tensor:
     """Projections of every word's token gradient on a direction, W_e·∇(−log p).
+
+    A projection is linear in its direction. Where the tangents of all parameters would take more
+    memory than allowed, it is the sum over groups of parameters, a pass over the texts for each.
 
     Args:
         model: Base model; left as it was.
@@ -154,22 +191,26 @@ def project_texts(
         NumericalError: If a projection of a text is NaN or infinite.
     """
     scale = _scale_for(model, direction)
-    if scale != 1.0:
-        direction = {name: values.detach() / scale for name, values in direction.items()}
-    tangents = tangents_of(model, selection, direction)
+    groups = tangent_groups(model, selection, direction)
     n_words = len(texts[0].readings)
     projections = torch.full((texts.n_rows, n_words), torch.nan)
-    with tqdm(total=len(texts), desc=progress, unit="text", disable=progress is None) as bar:
-        for group in batches_by_length(texts, batch_size):
-            batch = collate(group, pad_token_id).to(model.device)
-            found = -scale * directional_derivatives(model, batch, tangents).float().cpu()
-            if not bool(torch.isfinite(found).all()):
-                raise NumericalError(
-                    "Expected finite encodings, but got NaN or infinity. Check the weights of the "
-                    "GRADIEND and of the base model."
-                )
-            projections[[text.index for text in group]] = found
-            bar.update(len(group))
+    projections[[text.index for text in texts]] = 0.0
+    with tqdm(
+        total=len(groups) * len(texts), desc=progress, unit="text", disable=progress is None
+    ) as bar:
+        for group in groups:
+            scaled = {name: direction[name].detach() / scale for name in group.names if scale != 1}
+            tangents = tangents_of(model, group, scaled or direction)
+            for part in batches_by_length(texts, batch_size):
+                batch = collate(part, pad_token_id).to(model.device)
+                found = -scale * directional_derivatives(model, batch, tangents).float().cpu()
+                if not bool(torch.isfinite(found).all()):
+                    raise NumericalError(
+                        "Expected finite encodings, but got NaN or infinity. Check the weights of "
+                        "the GRADIEND and of the base model."
+                    )
+                projections[[text.index for text in part]] += found
+                bar.update(len(part))
     return projections
 
 

@@ -18,6 +18,7 @@ _HONOURED = {
     "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "do_train", "do_eval", "do_predict",
     "resume_from_checkpoint", "overwrite_output_dir", "eval_delay", "trackio_space_id",
+    "gradient_checkpointing", "activation_checkpointing",
 }  # fmt: skip
 # What each solver (or option) alone reads: "adamw" has steps, the closed form has none.
 _OF_ADAMW = (
@@ -110,6 +111,12 @@ class GradiendTrainingArguments(TrainingArguments):
         except ValueError as error:  # transformers' own checks of arguments against each other
             reason = " ".join(str(error).split())
             raise ConfigError(f"Expected arguments that fit together, but {reason}") from error
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether layers are computed again in the backward pass; transformers has two names."""
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        return any(bool(getattr(self, name, False)) for name in names)
 
     def _not_offered(self) -> list[str]:
         problems: list[str] = []

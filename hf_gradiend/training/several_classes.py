@@ -206,7 +206,7 @@ def _together(
     neutral = neutral_to_fit(neutral_texts, processing_class, objective)
     selection = select_parameters(base_model, args.parameters)
     pad = pad_token_id_of(processing_class)
-    sums = _class_sums(base_model, selection, fitted, pad, progress=not args.disable_tqdm)
+    sums = _class_sums(base_model, selection, fitted, pad, args)
     # A side's mean is a mean of class means, so that these projections serve every contrast.
     of_classes = _on_class_means(base_model, sums, calibration.prepared(), pad, args)
     of_neutral = None if neutral is None else _on_class_means(base_model, sums, neutral, pad, args)
@@ -238,14 +238,17 @@ def _class_sums(
     selection: ParameterSelection,
     texts: ClassTexts,
     pad_token_id: int,
-    *,
-    progress: bool,
+    args: GradiendTrainingArguments,
 ) -> WordSums:
     """The one pass over the data: gradients of every class's word, summed by pattern."""
     sums = WordSums(selection, texts)
     with (
-        gradient_stream(base_model, selection) as stream,
-        tqdm(total=len(texts.texts), desc="Class means", unit="text", disable=not progress) as bar,
+        gradient_stream(
+            base_model, selection, checkpointing=args.checkpoints_activations
+        ) as stream,
+        tqdm(
+            total=len(texts.texts), desc="Class means", unit="text", disable=args.disable_tqdm
+        ) as bar,
     ):
         for pattern in sums.patterns:
             own = [t for t, p in zip(texts.texts, texts.patterns, strict=True) if p == pattern]

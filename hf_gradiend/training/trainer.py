@@ -42,7 +42,7 @@ from hf_gradiend.metrics import pearson_correlation, sign_accuracy
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import select_parameters, selection_of
 from hf_gradiend.training.arguments import GradiendTrainingArguments
-from hf_gradiend.training.pruning import aligned_means, prune, pruned_gradiend
+from hf_gradiend.training.pruning import prune, pruned_gradiend
 from hf_gradiend.training.setup import gradiend_config, words_of_classes
 from hf_gradiend.training.solvers import (
     AdamWSolver,
@@ -224,7 +224,9 @@ class GradiendTrainer:
         whole = True  # whether the solver's state is that of a number of whole steps
         try:
             with (
-                gradient_stream(self.base_model, selection) as stream,
+                gradient_stream(
+                    self.base_model, selection, checkpointing=args.checkpoints_activations
+                ) as stream,
                 _interrupts_held_back() as interrupt_now,
             ):
                 for number in range(self.state.global_step, solver.n_steps):
@@ -376,13 +378,18 @@ class GradiendTrainer:
         # From all weights each time: train() may be called again, to resume for instance.
         self.selection = select_parameters(self.base_model, self.args.parameters)
         texts = self.train_texts.balanced(self.args.prune_texts, self.args.seed)
-        means = aligned_means(self._problem(texts), progress=not self.args.disable_tqdm)
-        self.selection = prune(self.selection, means, self.args.prune_fraction)
+        self.selection = prune(
+            self._problem(texts), self.args.prune_fraction, progress=not self.args.disable_tqdm
+        )
 
     def _warm_start(self, problem: TrainingProblem) -> GradiendModel:
         texts = self.train_texts.balanced(self.args.prune_texts, self.args.seed)
         solver = ClosedFormSolver(self._problem(texts))
-        with gradient_stream(self.base_model, problem.selection) as stream:
+        with gradient_stream(
+            self.base_model,
+            problem.selection,
+            checkpointing=self.args.checkpoints_activations,
+        ) as stream:
             for number in range(solver.n_steps):
                 solver.step(stream, number)
         return solver.models()[0]

@@ -1,70 +1,160 @@
+import copy
+import dataclasses
+import weakref
+
 import pytest
 import torch
 
 from hf_gradiend.data.collation import collate
 from hf_gradiend.errors import SelectionError
 from hf_gradiend.gradients.backward import gradients
-from hf_gradiend.parameters import ParameterSelection, SelectedParameter, selection_of
-from hf_gradiend.training.means import ClassMeans
-from hf_gradiend.training.pruning import aligned_means, prune, pruned_gradiend
-
-SELECTION = ParameterSelection(
-    (SelectedParameter("a.weight", (8, 5)), SelectedParameter("b.bias", (10,)))
-)
-# Weights that the two classes push in opposite directions, and those that both push alike.
-PLANTED = {"a.weight": [3, 17, 39], "b.bias": [0, 9]}
-SHARED = {"a.weight": [5, 18], "b.bias": [1, 2, 3]}
+from hf_gradiend.parameters import ParameterSelection, select_parameters, selection_of
+from hf_gradiend.training import pruning as pruning_module
+from hf_gradiend.training.pruning import prune, pruned_gradiend, pruning_groups
 
 
-def planted_means() -> ClassMeans:
-    means = ClassMeans(SELECTION, source="factual", target="diff", class_sizes={1: 1, -1: 1})
-    generator = torch.Generator().manual_seed(0)
-    for name in SELECTION.names:
-        for sign, held in ((sign, means.target_means[sign][name]) for sign in (+1, -1)):
-            held.copy_(0.1 * torch.rand(held.shape, generator=generator))
-            held.view(-1)[PLANTED[name]] += sign * 1.0
-            held.view(-1)[SHARED[name]] += 5.0
-    return means
+@pytest.fixture
+def means_by_hand():
+    """Function of a problem: E[t|+] and E[t|−], one text at a time."""
+
+    def means_by_hand(problem):
+        means = {}
+        for sign in (+1, -1):
+            each = [
+                gradients(problem.base_model, collate([text], problem.pad_token_id),
+                          problem.selection, (problem.args.target,))[problem.args.target]
+                for text in problem.texts.of_sign(sign)
+            ]  # fmt: skip
+            means[sign] = {
+                name: torch.stack([one[name] for one in each]).mean(0)
+                for name in problem.selection.names
+            }
+        return means
+
+    return means_by_hand
 
 
-def kept_by(selection: ParameterSelection) -> dict[str, list[int]]:
-    return {entry.name: entry.indices.tolist() for entry in selection}
+def kept_by(selection: ParameterSelection) -> set[tuple[str, int]]:
+    return {(entry.name, at) for entry in selection for at in entry.indices.tolist()}
 
 
-def test_pruning_keeps_the_weights_that_the_classes_push_apart():
-    means = planted_means()
+def assert_same_selection(one: ParameterSelection, other: ParameterSelection) -> None:
+    assert one.names == other.names
+    assert one.fingerprint == other.fingerprint
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.shape == theirs.shape
+        assert torch.equal(mine.indices, theirs.indices)
+        assert mine.indices.dtype == torch.int32
 
-    kept = prune(SELECTION, means, fraction=0.1)
 
-    assert kept_by(kept) == PLANTED
-    # The control: the mean over all gradients, without the class's sign, keeps the others.
-    means = planted_means().target_means
-    unaligned = {name: (means[+1][name] + means[-1][name]) / 2 for name in SELECTION.names}
-    assert kept_by(SELECTION.top_k(unaligned, fraction=0.1)) == SHARED
+@pytest.mark.parametrize("target", ["diff", "factual"])
+def test_pruning_keeps_the_weights_that_the_classes_push_apart(
+    planted, problem_of, means_by_hand, target
+):
+    problem = problem_of(planted, [0, 9, 18, 48, 57], target=target)
+    means = means_by_hand(problem)
+
+    kept = prune(problem, 0.05)
+
+    apart = {name: means[+1][name] - means[-1][name] for name in problem.selection.names}
+    expected = kept_by(problem.selection.top_k(apart, fraction=0.05))
+    n_kept = round(0.05 * problem.selection.n_selected)
+    assert kept.n_selected == len(expected) == n_kept
+    # Batches add up in another order than texts alone: a few at the threshold may change places.
+    assert len(kept_by(kept) & expected) > 0.99 * n_kept
+    # The control: the mean over all gradients, without the class's sign, keeps others.
+    alike = {name: means[+1][name] + means[-1][name] for name in problem.selection.names}
+    unaligned = kept_by(problem.selection.top_k(alike, fraction=0.05))
+    assert len(kept_by(kept) & unaligned) < 0.9 * n_kept
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("budget", [1, 3000, 9000])
+def test_pruning_in_groups_keeps_the_same_weights(planted, problem_of, fraction, budget):
+    problem = problem_of(planted, [0, 9, 18, 48, 57])
+    n_groups = len(pruning_groups(problem.selection, budget))
+
+    whole = prune(problem, fraction)
+    grouped = prune(problem, fraction, accumulator_bytes=budget)
+
+    assert n_groups > 2
+    assert len(pruning_groups(problem.selection)) == 1
+    assert_same_selection(grouped, whole)
+
+
+def test_ties_between_groups_go_to_the_first_in_order(planted_gpt2, problem_of):
+    # Weights that no prediction depends on have gradient zero: all of them tie.
+    planted_gpt2.model.unused = torch.nn.ParameterList([torch.ones(10) for _ in range(4)])
+    patterns = ["*mlp.c_proj.bias", "unused*"]
+    selection = select_parameters(planted_gpt2.model, patterns)
+    problem = problem_of(planted_gpt2, [0, 48], selection)
+    n_used = sum(e.n_selected for e in selection if "unused" not in e.name)
+    fraction = (n_used + 25) / selection.n_selected
+
+    whole = prune(problem, fraction)
+    grouped = prune(problem, fraction, accumulator_bytes=1)
+
+    assert_same_selection(grouped, whole)
+    tied = [entry.n_selected for entry in grouped if "unused" in entry.name]
+    assert tied == [10, 10, 5]
+    unused = problem_of(planted_gpt2, [0, 48], select_parameters(planted_gpt2.model, "unused*"))
+    with pytest.raises(SelectionError, match="predictions depend on"):
+        prune(unused, 0.5, accumulator_bytes=1)
+
+
+def test_pruning_holds_the_sums_of_one_group_at_a_time(planted_gpt2, problem_of, monkeypatch):
+    problem = problem_of(planted_gpt2, [0, 48])
+    budget = 9000
+    live, largest = weakref.WeakSet(), 0
+    zeros = torch.zeros
+
+    def counted(*args, **kwargs):
+        nonlocal largest
+        made = zeros(*args, **kwargs)
+        if made.is_floating_point():
+            live.add(made)
+            largest = max(largest, sum(tensor.nbytes for tensor in live))
+        return made
+
+    monkeypatch.setattr(pruning_module.torch, "zeros", counted)
+
+    prune(problem, 0.01, accumulator_bytes=budget)
+
+    single = 4 * max(entry.n_selected for entry in problem.selection)
+    assert single < largest <= 2 * budget  # the next group's are made before the last one's go
+    assert 4 * problem.selection.n_selected > 3 * budget  # the control: all at once are more
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.5])
-def test_a_fraction_out_of_range_is_an_error(fraction):
+def test_a_fraction_out_of_range_is_an_error(planted_gpt2, problem_of, fraction):
     with pytest.raises(SelectionError, match=r"\(0, 1\]"):
-        prune(SELECTION, planted_means(), fraction)
+        prune(problem_of(planted_gpt2, [0, 48]), fraction)
 
 
-def test_aligned_means_are_those_of_every_text_of_a_problem(planted, problem_of):
-    problem = problem_of(planted, [0, 9, 18, 48, 57])
+def test_processes_add_up_their_sums_before_they_choose(planted_gpt2, problem_of):
+    """Two processes with half of each batch, their sums added: the choice of one process."""
+    whole = problem_of(planted_gpt2, [0, 9, 18, 48, 57, 66])
+    sums: list[list[torch.Tensor]] = []
 
-    means = aligned_means(problem)
+    def of_rank(rank, reduce):
+        args = copy.copy(whole.args)
+        return dataclasses.replace(whole, args=args, reduce=reduce, rank=rank, world_size=2)
 
-    for sign in (+1, -1):
-        each = [
-            gradients(problem.base_model, collate([text], problem.pad_token_id), problem.selection,
-                      ("diff",))["diff"]
-            for text in problem.texts.of_sign(sign)
-        ]  # fmt: skip
-        for name in problem.selection.names:
-            expected = torch.stack([one[name] for one in each]).mean(0)
-            torch.testing.assert_close(
-                means.target_means[sign][name], expected, rtol=1e-3, atol=1e-6
-            )
+    def note(tensor):
+        sums.append(tensor.clone())
+        return tensor
+
+    def add_other(tensor):
+        return tensor.add_(sums.pop(0))
+
+    alone = prune(of_rank(1, note), 0.05, accumulator_bytes=9000)
+    together = prune(of_rank(0, add_other), 0.05, accumulator_bytes=9000)
+
+    assert sums == []
+    expected = prune(whole, 0.05)
+    same = len(kept_by(together) & kept_by(expected)) / expected.n_selected
+    assert same > 0.99
+    assert kept_by(alone) != kept_by(together)  # the control: half of the texts choose others
 
 
 # ---- after training ----
