@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     Raises:
         ConfigError: If an estimate is asked for of several contrasts.
     """
+    if args.estimate and args.contrasts is not None:
+        raise ConfigError("Expected --estimate without --contrasts, which it does not cover.")
     folder = Path(args.output_dir) if args.estimate else writable_folder(args.output_dir)
     given = {
         theirs: getattr(args, ours)
@@ -121,8 +123,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         args.base_model, gguf_file=args.gguf_file, dtype=getattr(torch, args.dtype)
     )
     if args.contrasts is not None:
-        if args.estimate:
-            raise ConfigError("Expected --estimate without --contrasts, which it does not cover.")
         return learn_contrasts(args, arguments, data, base_model, tokenizer, neutral)
     trainer = GradiendTrainer(
         base_model=base_model,

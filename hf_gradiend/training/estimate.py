@@ -4,11 +4,11 @@ import math
 import tempfile
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -320,9 +320,7 @@ class _Probe:
             lambda: taken.extend(_seconds(lambda batch=batch: run(batch)) for batch in some)
         )
         sizes = [_n_tokens(batch) for batch in some]
-        return lambda batch: float(np.interp(_n_tokens(batch), sizes, taken)), max(
-            0, most - self.before
-        )
+        return lambda batch: _between(_n_tokens(batch), sizes, taken), max(0, most - self.before)
 
     def _batches(self, texts: PreparedTexts) -> list[TargetBatch]:
         groups = batches_by_length(texts, self.args.per_device_eval_batch_size)
@@ -422,6 +420,14 @@ def _three(batches: Sequence[TargetBatch]) -> list[TargetBatch]:
     """The smallest, a middle and the largest."""
     ordered = sorted(batches, key=_n_tokens)
     return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+
+
+def _between(x: int, xs: Sequence[int], ys: Sequence[float]) -> float:
+    """The y of an x between the first and the last of ascending ones, on straight lines."""
+    at = min(max(1, bisect_left(xs, x)), len(xs) - 1)
+    width = xs[at] - xs[at - 1]
+    share = (x - xs[at - 1]) / width if width else 1.0
+    return ys[at - 1] + share * (ys[at] - ys[at - 1])
 
 
 def _seconds(work: Callable[[], object]) -> float:
