@@ -50,6 +50,7 @@ _ARGUMENTS = {
     "batch_size": "per_device_train_batch_size", "eval_steps": "eval_steps",
     "save_steps": "save_steps", "feature_classes": "feature_classes", "max_length": "max_length",
     "seed": "seed", "gradient_checkpointing": _CHECKPOINTING,
+    "accumulator_dtype": "accumulator_dtype",
 }  # fmt: skip
 
 
@@ -91,7 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="type of the base model's weights; sums, GRADIEND and moments are float32",
+        help="type of the base model's weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--accumulator_dtype", choices=["float32", "bfloat16"],
+        help="type of the closed form's sums; bfloat16 suits hundreds of texts",
     )  # fmt: skip
     parser.add_argument(
         "--estimate", action="store_true",

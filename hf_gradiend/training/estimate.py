@@ -390,10 +390,12 @@ class _Held:
 
     def __init__(self, n: int, args: GradiendTrainingArguments, *, sparse: bool) -> None:
         indices = 4 * n if sparse else 0
-        self.sums = 4 * 4 * n + indices  # source and target means of both classes
+        size = getattr(torch, args.accumulator_dtype).itemsize
+        self.sums = 4 * size * n + indices  # source and target means of both classes
         self.gradiend = 3 * 4 * n + indices
         if args.solver == "closed_form":
-            self.steps, self.checkpoint = self.sums, self.sums - indices
+            self.checkpoint = self.sums - indices
+            self.steps = max(self.sums, self.gradiend)
             return
         n_sides = len({args.source, args.target})
         with_moments = self.gradiend + 6 * 4 * n

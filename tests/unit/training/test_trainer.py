@@ -95,6 +95,26 @@ def test_a_planted_feature_is_found_on_names_never_trained_on(planted, trainer_o
     assert held_out_correlation(planted, trainer.model) > 0.9
 
 
+def test_a_closed_form_with_sums_in_bfloat16_reads_nearly_the_same(planted_bert, trainer_of):
+    read = {}
+    for name, settings in {
+        "float32": {},
+        "on the base model's device": {"accumulator_device": "base_model"},
+        "bfloat16": {"accumulator_dtype": "bfloat16"},
+    }.items():
+        trainer = trainer_of(planted_bert, **settings)
+        trainer.train()
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        read[name] = trainer.model.encode_texts(
+            planted_bert.model, planted_bert.tokenizer, planted_bert.data["test"], progress=False
+        )[:, 0]
+
+    assert torch.equal(read["on the base model's device"], read["float32"])
+    gap = (read["bfloat16"] - read["float32"]).abs().max()
+    assert 0 < gap < 0.05  # the control: it did sum in another type
+    assert pearson_correlation(read["bfloat16"], read["float32"]) > 0.999
+
+
 @SOLVERS
 def test_shuffled_labels_teach_nothing(planted_bert, trainer_of, solver):
     correlations = []
