@@ -6,7 +6,9 @@ that read the same to the model, such as a template that every class's word fits
 their classes at once.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -25,10 +27,11 @@ from hf_gradiend.parameters import ParameterSelection, select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.calibration import fit_plane
 from hf_gradiend.training.class_texts import ClassTexts, Pattern, class_texts
-from hf_gradiend.training.contrasts import Contrast, all_pairs, one_against_rest
+from hf_gradiend.training.contrasts import Contrast, all_pairs, one_against_rest, rows_of
 from hf_gradiend.training.pruning import pruned_gradiend
 from hf_gradiend.training.setup import gradiend_config, words_of_classes
 from hf_gradiend.training.solvers import build_gradiend, padded_parts
+from hf_gradiend.training.trainer import GradiendTrainer
 
 
 class WordSums:
@@ -111,6 +114,7 @@ def train_contrasts(
     train_dataset: Dataset,
     *,
     kind: str = "pairs",
+    eval_dataset: Dataset | None = None,
     neutral_texts: Sequence[str] | None = None,
 ) -> Iterator[tuple[Contrast, GradiendModel]]:
     """Learn all pairs of several classes, or each against the rest, from one pass over the data.
@@ -120,13 +124,17 @@ def train_contrasts(
     0 best: the difference of the means alone reads neutral words as one side wherever that side's
     gradients are the smaller ones.
 
+    The closed form with source factual and target diff shares the pass; with other arguments, each
+    contrast is trained by `GradiendTrainer` from its own rows, one after the other.
+
     Args:
         base_model: Masked or causal language model with its head; left as it was.
         processing_class: Its tokenizer.
-        args: Training arguments: solver `closed_form`, source `factual`, target `diff`.
+        args: Training arguments.
         train_dataset: Feature data set with two or more classes, for each text one row per other
             class.
         kind: `"pairs"` or `"rest"`.
+        eval_dataset: Feature data set for `adamw` to choose seed and checkpoint on.
         neutral_texts: Texts without the feature to fit the encoders on; `None` for the package's
             own, English, of the split `train`.
 
@@ -135,11 +143,60 @@ def train_contrasts(
         GRADIENDs, one after the other: each holds 3 · n_selected numbers.
 
     Raises:
-        ConfigError: If the arguments ask for something else than the closed form of the difference.
+        ConfigError: If the kind is another one.
         DataError: If a text lacks the word of a class.
         BaseModelError: If the base model carries an adapter, is quantised, offloaded or broken.
     """  # noqa: DOC502 - DataError and BaseModelError are raised by what it calls
-    _check(args, kind)
+    if kind not in {"pairs", "rest"}:
+        raise ConfigError(f"Expected the kind pairs or rest, but got {kind!r}.")
+    names = args.feature_classes or sorted(set(train_dataset["factual_class"]))
+    shared = (args.solver, args.source, args.target) == ("closed_form", "factual", "diff")
+    if shared and args.prune_fraction is None:
+        learned = _together(base_model, processing_class, args, train_dataset, neutral_texts)
+    else:
+        learned = _one_by_one(
+            base_model, processing_class, args, (train_dataset, eval_dataset), neutral_texts
+        )
+    contrasts = (all_pairs if kind == "pairs" else one_against_rest)(names)
+    return ((contrast, learned(contrast)) for contrast in contrasts)
+
+
+def _one_by_one(
+    base_model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    args: GradiendTrainingArguments,
+    data: tuple[Dataset, Dataset | None],
+    neutral_texts: Sequence[str] | None,
+) -> Callable[[Contrast], GradiendModel]:
+    """Trains a contrast from its own rows for training and evaluation, in a folder of its own."""
+    train_dataset, eval_dataset = data
+
+    def learned(contrast: Contrast) -> GradiendModel:
+        own = copy.copy(args)
+        own.output_dir = str(Path(args.output_dir or "gradiend") / contrast.name)
+        own.feature_classes = [contrast.positive.name, contrast.negative.name]
+        trainer = GradiendTrainer(
+            base_model,
+            processing_class,
+            own,
+            rows_of(contrast, train_dataset),
+            None if eval_dataset is None else rows_of(contrast, eval_dataset),
+            neutral_texts=neutral_texts,
+        )
+        trainer.train()
+        return trainer.model
+
+    return learned
+
+
+def _together(
+    base_model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    args: GradiendTrainingArguments,
+    train_dataset: Dataset,
+    neutral_texts: Sequence[str] | None,
+) -> Callable[[Contrast], GradiendModel]:
+    """Passes over the data, then makes any contrast's GRADIEND from the sums."""
     check_base_model(base_model)
     objective = objective_of(base_model)
     texts = class_texts(
@@ -153,9 +210,9 @@ def train_contrasts(
     # A side's mean is a mean of class means, so that these projections serve every contrast.
     of_classes = _on_class_means(base_model, sums, calibration.prepared(), pad, args)
     of_neutral = None if neutral is None else _on_class_means(base_model, sums, neutral, pad, args)
-    names, words = texts.classes, words_of_classes(train_dataset)
+    words = words_of_classes(train_dataset)
 
-    def gradiend(contrast: Contrast) -> GradiendModel:
+    def learned(contrast: Contrast) -> GradiendModel:
         sides = (contrast.positive, contrast.negative)
 
         def on_sides(projections: Tensor) -> Tensor:
@@ -168,13 +225,12 @@ def train_contrasts(
         (direction, minus), weight, bias = sums.closed_form(contrast)
         for name, values in direction.items():
             values.mul_(mixture[0]).add_(minus.pop(name), alpha=mixture[1])
-        of_side = {s.name: sorted({w for k in s.classes for w in words[names[k]]}) for s in sides}
+        of_side = {side.name: sorted({w for c in side.labels for w in words[c]}) for side in sides}
         config = gradiend_config(base_model, selection, args, list(of_side), of_side)
         made = build_gradiend(selection, config, (direction, offset), (weight, bias))
         return made if args.top_k is None else pruned_gradiend(made, args.top_k)
 
-    contrasts = (all_pairs if kind == "pairs" else one_against_rest)(names)
-    return ((contrast, gradiend(contrast)) for contrast in contrasts)
+    return learned
 
 
 def _class_sums(
@@ -244,15 +300,3 @@ def _signed(projections: Tensor, texts: ClassTexts, contrast: Contrast) -> tuple
                 values.append(projections[row, k])
                 signs.append(sign)
     return torch.stack(values), torch.tensor(signs)
-
-
-def _check(args: GradiendTrainingArguments, kind: str) -> None:
-    if kind not in {"pairs", "rest"}:
-        raise ConfigError(f"Expected the kind pairs or rest, but got {kind!r}.")
-    if args.prune_fraction is not None:
-        raise ConfigError("Expected no prune_fraction for several classes. Use top_k instead.")
-    if (args.solver, args.source, args.target) != ("closed_form", "factual", "diff"):
-        raise ConfigError(
-            f"Expected the closed form with source factual and target diff for several classes, "
-            f"but got {args.solver}, {args.source} and {args.target}. Train other pairs one by one."
-        )

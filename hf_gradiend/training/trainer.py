@@ -495,7 +495,7 @@ class GradiendTrainer:
         content["classes"] = self.classes
         texts = repr((self.train_texts.texts, self.train_texts.signs))
         content["train_texts"] = hashlib.sha256(texts.encode()).hexdigest()
-        neutral = repr(self.neutral_texts.texts)
+        neutral = repr(self.neutral_texts and self.neutral_texts.texts)
         content["neutral_texts"] = hashlib.sha256(neutral.encode()).hexdigest()
         return json.dumps(content, sort_keys=True)
 

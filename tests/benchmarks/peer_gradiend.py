@@ -119,10 +119,13 @@ def main() -> None:
             mask_placeholder="[PRONOUN]",
             params=["*.layers.*"] if options.selection == "layers" else None,
         )
+        start = time.perf_counter()
         trainer = TextPredictionTrainer(
             options.base_model, data=str(data), target_classes=["F", "M"], args=training_args
         )
         trainer.train(output_dir=str(Path(folder, "model")), callbacks=[clock])
+        train_seconds = time.perf_counter() - start
+        train_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         model = trainer.get_model()
         start = time.perf_counter()
         report = trainer.evaluate_encoder(model, split="validation", return_df=True)
@@ -140,6 +143,8 @@ def main() -> None:
         "encode_seconds_per_text": seconds / len(report["encoder_df"]),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "steps_peak_rss_bytes": clock.peak_rss,
+        "train_seconds": train_seconds,  # with loading and saving
+        "train_peak_rss_bytes": train_peak,
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(result))

@@ -18,6 +18,7 @@ from hf_gradiend.training.means import ClassMeans
 from hf_gradiend.training.several_classes import WordSums, train_contrasts
 from hf_gradiend.training.solvers import padded_parts
 from hf_gradiend.training.texts import label_texts
+from hf_gradiend.training.trainer import GradiendTrainer
 
 WORDS = {"F": "she", "M": "he", "N": "it"}
 SHARED = [  # every class's word fits
@@ -178,6 +179,35 @@ def test_a_planted_feature_is_told_apart(planted, arguments):
     assert float((h.sign() == signs).float().mean()) > 0.95
 
 
+@pytest.mark.parametrize(
+    "settings", [{"solver": "adamw", "max_steps": 2}, {"source": "diff"}, {"prune_fraction": 0.5}]
+)
+@pytest.mark.parametrize("kind", ["pairs", "rest"])
+def test_what_shares_no_pass_is_trained_from_each_contrasts_own_rows(
+    make_lm, arguments, settings, kind
+):
+    lm = make_lm("gpt2")
+    rows = long_form(OWN)
+    args = arguments(**settings)
+
+    learned = train_contrasts(lm.model, lm.tokenizer, args, rows, kind=kind, eval_dataset=rows)
+
+    for (contrast, gradiend), expected in zip(
+        learned, (all_pairs if kind == "pairs" else one_against_rest)(sorted(WORDS)), strict=True
+    ):
+        assert contrast == expected
+        own = arguments(
+            **settings,
+            output_dir=args.output_dir + "/alone",
+            feature_classes=[contrast.positive.name, contrast.negative.name],
+        )
+        of_contrast = rows_of(contrast, rows)
+        alone = GradiendTrainer(lm.model, lm.tokenizer, own, of_contrast, of_contrast)
+        alone.train()
+        for name, tensor in alone.model.state_dict().items():
+            assert torch.equal(tensor, gradiend.state_dict()[name])
+
+
 def test_the_rows_of_a_contrast_are_those_between_its_sides():
     rows = long_form(OWN)
     pair, rest = all_pairs(sorted(WORDS))[1], one_against_rest(sorted(WORDS))[0]
@@ -224,10 +254,6 @@ def test_what_cannot_be_learned_is_refused(make_lm, arguments):
         class_texts(without, lm.tokenizer, "causal")
     with pytest.raises(ConfigError, match="kind pairs or rest"):
         train_contrasts(lm.model, lm.tokenizer, arguments(), rows, kind="triples")
-    with pytest.raises(ConfigError, match="closed form with source factual"):
-        train_contrasts(lm.model, lm.tokenizer, arguments(source="diff"), rows)
-    with pytest.raises(ConfigError, match="top_k instead"):
-        train_contrasts(lm.model, lm.tokenizer, arguments(prune_fraction=0.1), rows)
     few = long_form({name: texts[:1] for name, texts in OWN.items()})
     with pytest.raises(DataError, match="at least two texts of F"):
         train_contrasts(lm.model, lm.tokenizer, arguments(), few)
