@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from hf_gradiend.base_models import objective_of
@@ -36,7 +37,7 @@ def gradiend_config(
         objective=objective_of(base_model),
         base_model_name_or_path=base_model.config._name_or_path or None,
         base_model_revision=getattr(base_model.config, "_commit_hash", None),
-        base_model_class=type(base_model).__name__,
+        base_model_class=plain_class_name(base_model),
         selection_fingerprint=selection.fingerprint,
         decoder_initialization=args.decoder_initialization,
     )
@@ -48,3 +49,17 @@ def words_of_classes(dataset: Dataset) -> dict[str, list[str]]:
     for name, word in zip(dataset["factual_class"], dataset["factual"], strict=True):
         found.setdefault(name, set()).add(word)
     return {name: sorted(words) for name, words in found.items()}
+
+
+def plain_class_name(model: PreTrainedModel) -> str:
+    """Name of a model's class, without the one that FSDP2's `fully_shard` derives from it."""
+    return next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+
+
+def with_parameters(config: GradiendConfig, selection: ParameterSelection) -> GradiendConfig:
+    """The configuration of a GRADIEND over other weights, otherwise the same."""
+    content = config.to_dict() | {
+        "parameters": selection.to_config(),
+        "selection_fingerprint": selection.fingerprint,
+    }
+    return GradiendConfig.from_dict(content)
