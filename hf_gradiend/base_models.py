@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -305,9 +306,5 @@ def _saved_objective(config: PretrainedConfig) -> Objective:
 def _dequantized(gguf_file: str | None) -> dict[str, object]:
     if gguf_file is None:
         return {}
-    try:
-        from transformers import GgufConfig  # noqa: PLC0415 - newer transformers only
-    except ImportError:
-        return {}  # transformers 4 always dequantises
-    # Without it transformers 5 keeps the model marked as quantised and refuses to save it.
+    # Without it transformers keeps the model marked as quantised and refuses to save it.
     return {"quantization_config": GgufConfig(dequantize=True)}

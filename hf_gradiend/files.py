@@ -36,6 +36,29 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def empty_folder(path: str | os.PathLike[str], what: str, *, another: str = "one") -> Path:
+    """A folder that can be written to and holds nothing; made where it does not exist.
+
+    Args:
+        path: The folder.
+        what: What it is for, for the message.
+        another: What the message says to choose another of: on the command line, the option.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OutputError: If it holds files, or cannot be written to.
+    """
+    folder = writable_folder(path)
+    if any(folder.iterdir()):
+        raise OutputError(
+            f"Expected a new or empty folder for {what}, but {str(folder)!r} holds files. "
+            f"Choose another {another}, or empty it."
+        )
+    return folder
+
+
 def write_json(path: str | os.PathLike[str], content: Mapping[str, object]) -> Path:
     """Write a JSON file under a temporary name and rename it.
 

@@ -233,8 +233,7 @@ class GradiendTuner(BaseTuner):
                 )
             for kind, name, file_name in layer.tensors_of(adapter_name):
                 key = key_of(file_name, kind)
-                # transformers 4 takes the first two steps of the path off before it asks.
-                found = state_dict.get(key, state_dict.get(key.removeprefix("base_model.model.")))
+                found = state_dict.get(key)
                 if found is None:
                     missing.append(key)
                 else:

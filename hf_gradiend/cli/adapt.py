@@ -6,9 +6,9 @@ import torch
 
 from hf_gradiend.adapter.config import DTYPES
 from hf_gradiend.cli.common import load_base_of, load_gradiend
-from hf_gradiend.errors import ConfigError, OutputError
+from hf_gradiend.errors import ConfigError
 from hf_gradiend.evaluation.report import choose_gender_edit, is_gender
-from hf_gradiend.files import writable_folder
+from hf_gradiend.files import empty_folder
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import selection_of
 
@@ -39,18 +39,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     Raises:
         ConfigError: If half an edit is given, or none is given or stored and none can be chosen.
-        OutputError: If the output folder is not empty.
     """
     if (args.feature_factor is None) != (args.step_size is None):
         raise ConfigError(
             "Expected --feature_factor and --step_size together, but got one of them."
         )
-    folder = writable_folder(args.output_dir)
-    if any(folder.iterdir()):
-        raise OutputError(
-            f"Expected a new or empty folder for the adapter, but {args.output_dir!r} holds "
-            f"files. Choose another --output_dir, or empty it."
-        )
+    folder = empty_folder(args.output_dir, "the adapter", another="--output_dir")
     gradiend = load_gradiend(args.gradiend)
     h, alpha = args.feature_factor, args.step_size
     if h is None:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from hf_gradiend.cli.common import table
 from hf_gradiend.data.building import build_feature_dataset
 from hf_gradiend.data.corpora import Corpus
-from hf_gradiend.data.feature_files import empty_folder, save_feature_dataset
+from hf_gradiend.data.feature_files import save_feature_dataset
 from hf_gradiend.data.spec_files import load_spec, package_specs
 from hf_gradiend.errors import ConfigError
+from hf_gradiend.files import empty_folder
 
 # Options that are about a corpus, with their defaults.
 _OF_CORPUS = {"column": "text", "config": None, "split": "train", "streaming": False}
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     started = time.perf_counter()
     spec = load_spec(args.spec)
     corpus = _corpus(args)
-    folder = empty_folder(args.output_dir).resolve()
+    folder = empty_folder(args.output_dir, "the data set").resolve()
     work_dir = folder.with_name(f".{folder.name}.partial")
     built = build_feature_dataset(
         spec, corpus=corpus, num_proc=args.num_proc, work_dir=work_dir, progress=not args.json

@@ -1,8 +1,10 @@
-"""What the commands share: loading a GRADIEND, choosing a split, printing a table."""
+"""What the commands share: loading a GRADIEND, choosing a split, speaking, printing a table."""
 
+import argparse
+import importlib.util
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -18,6 +20,23 @@ from hf_gradiend.errors import CompatibilityError, ConfigError, DataError, first
 from hf_gradiend.evaluation.report import Origin
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.arguments import GradiendTrainingArguments, settings_of
+
+
+def speaker(args: argparse.Namespace) -> Callable[[str], None]:
+    """What takes a line for the person at the terminal: `print`, or with `--json` nothing."""
+    return (lambda _line: None) if args.json else print
+
+
+def can_draw(say: Callable[[str], None]) -> bool:
+    """Whether matplotlib is installed; where it is not, a line says how to get it.
+
+    Args:
+        say: Takes the line.
+    """
+    installed = importlib.util.find_spec("matplotlib") is not None
+    if not installed:
+        say('No pictures: matplotlib is missing. Install it with pip install "hf_gradiend[plot]".')
+    return installed
 
 
 def load_gradiend(path: str) -> GradiendModel:

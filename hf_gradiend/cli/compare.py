@@ -1,16 +1,17 @@
 """Compare GRADIENDs of one base model: directions, largest weights, and whose texts each reads."""
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_gradiend.cli.common import (
+    can_draw,
     display_name,
     feature_data,
     load_base_of,
     load_gradiend,
+    speaker,
     split_of,
     table,
 )
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "split": args.split,
     }
     written = [write_json(folder / "features.json", report)]
-    if importlib.util.find_spec("matplotlib") is not None:
+    if can_draw(speaker(args)):
         content = json.loads(written[0].read_text("utf-8"))
         written.append(plot_features(content, folder / "features.png"))
     if not args.json:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.cli.common import (
@@ -19,7 +19,7 @@ from hf_gradiend.cli.common import (
 from hf_gradiend.evaluation.report import build_report, read_encoder
 from hf_gradiend.files import write_json
 from hf_gradiend.training.arguments import GradiendTrainingArguments
-from hf_gradiend.training.contrasts import rows_of
+from hf_gradiend.training.contrasts import Contrast, rows_of
 from hf_gradiend.training.several_classes import train_contrasts
 
 
@@ -44,7 +44,12 @@ def learn_contrasts(
     """
     started = time.perf_counter()
     folder = Path(args.output_dir)
-    rows = [["contrast", "n", "correlation", "95 % interval", "accuracy", "neutral |h|"]]
+    rows = [
+        [
+            "contrast", "n", "correlation", "95 % interval", "accuracy", "neutral |h|",
+            "other classes: h, |h|",
+        ]
+    ]  # fmt: skip
     short: dict[str, object] = {}
     learned = train_contrasts(
         base_model,
@@ -52,6 +57,7 @@ def learn_contrasts(
         arguments,
         split_of(data, "train"),
         kind=args.contrasts,
+        eval_dataset=data.get("validation"),
         neutral_texts=None if neutral is None else neutral[1::2],
     )
     unseen = None if neutral is None else neutral[::2]
@@ -59,7 +65,13 @@ def learn_contrasts(
         gradiend.save_pretrained(folder / contrast.name)
         splits = {name: rows_of(contrast, part) for name, part in held_out(data).items()}
         encoder = read_encoder(
-            gradiend, base_model, tokenizer, splits, neutral_texts=unseen, progress=not args.json
+            gradiend,
+            base_model,
+            tokenizer,
+            splits,
+            neutral_texts=unseen,
+            other_texts=other_rows(contrast, list(held_out(data).values())[-1]),
+            progress=not args.json,
         )
         report = build_report(
             gradiend,
@@ -77,11 +89,23 @@ def learn_contrasts(
                 f"{contrast.name} ({name})", str(r["n"]), f"{r['value']:.3f}",
                 f"[{r['low']:.3f}, {r['high']:.3f}]", f"{accuracy['value']:.3f}",
                 f"{encoder.neutral.value:.3f}",
+                ", ".join(
+                    f"{name} {other.mean.value:+.2f}, {other.mean_absolute.value:.2f}"
+                    for name, other in encoder.other_classes.items()
+                ),
             ]
         )  # fmt: skip
         short[contrast.name] = {
             "encoder": short_splits(content["splits"]),
             "neutral_mean_absolute": encoder.neutral.value,
+            "other_classes": {
+                name: {
+                    "mean": other.mean.value,
+                    "mean_absolute": other.mean_absolute.value,
+                    "n": other.mean.n,
+                }
+                for name, other in encoder.other_classes.items()
+            },
         }
     if not args.json:
         print(table(rows))
@@ -91,3 +115,22 @@ def learn_contrasts(
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def other_rows(contrast: Contrast, dataset: Dataset) -> Dataset | None:
+    """The rows whose class is on neither side of a contrast, each text once.
+
+    Args:
+        contrast: What is told apart.
+        dataset: Feature data set with several classes.
+
+    Returns:
+        The rows; `None` where every class is on a side.
+    """
+    own = {*contrast.positive.labels, *contrast.negative.labels}
+    texts = zip(dataset["text"], dataset["factual"], dataset["factual_class"], strict=True)
+    first: dict[tuple[str, str, str], int] = {}
+    for row, text in enumerate(texts):
+        if text[2] not in own:
+            first.setdefault(text, row)
+    return dataset.select([*first.values()]) if first else None

@@ -1,11 +1,10 @@
 """Measure a GRADIEND's edits over a grid, and show which of them each rule chooses."""
 
 import argparse
-import importlib.util
 import json
 import math
 
-from hf_gradiend.cli.common import load_base_of, load_gradiend, table
+from hf_gradiend.cli.common import can_draw, load_base_of, load_gradiend, speaker, table
 from hf_gradiend.data.loading import load_neutral_texts, load_prompts
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.evaluation.decoder_report import decoder_values, evaluate_decoder
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     )  # fmt: skip
     write_json(folder / "decoder.json", report)
     written = [folder / "decoder.json"]
-    if report["grid"] and importlib.util.find_spec("matplotlib") is not None:
+    if report["grid"] and can_draw(speaker(args)):
         content = json.loads((folder / "decoder.json").read_text("utf-8"))
         written.append(plot_decoder(content, folder / "decoder.png"))
     if not args.json:

@@ -1,7 +1,6 @@
 """Compare a base model with edited ones on published bias benchmarks and on plain text."""
 
 import argparse
-import importlib.util
 import itertools
 import json
 import time
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_gradiend.adapter.control import set_strength
 from hf_gradiend.adapter.conversion import GradiendAdapter
 from hf_gradiend.base_models import load_base_model
-from hf_gradiend.cli.common import display_name, table
+from hf_gradiend.cli.common import can_draw, display_name, speaker, table
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.evaluation.bias.benchmark import Benchmark, BenchmarkResult
 from hf_gradiend.evaluation.bias.comparison import comparison_report, told
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"Expected --limit of at least 1, but got {args.limit}.")
     started = time.perf_counter()
-    say = (lambda _line: None) if args.json else print
+    say = speaker(args)
     benchmarks = benchmarks_named(_names(args.benchmarks))
     training = _training_report(args.report)
     folder = writable_folder(args.output_dir)
@@ -229,8 +228,7 @@ def _show(report: dict, say: Callable[[str], None]) -> None:
 
 
 def _picture(folder: Path, say: Callable[[str], None]) -> list[Path]:
-    if importlib.util.find_spec("matplotlib") is None:
-        say('No picture: matplotlib is missing. Install it with pip install "hf_gradiend[plot]".')
+    if not can_draw(say):
         return []
     report = json.loads((folder / RESULT).read_text("utf-8"))
     return [plot_benchmarks(report, folder / "evaluation.png")]

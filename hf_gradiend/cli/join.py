@@ -3,8 +3,8 @@
 import argparse
 
 from hf_gradiend.cli.common import feature_data, load_base_of, load_gradiend, split_of
-from hf_gradiend.errors import ConfigError, OutputError
-from hf_gradiend.files import writable_folder
+from hf_gradiend.errors import ConfigError
+from hf_gradiend.files import empty_folder
 from hf_gradiend.training.axes import join_axes
 
 
@@ -29,19 +29,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     Raises:
         ConfigError: If there is not one data set for each GRADIEND.
-        OutputError: If the output folder is not empty.
     """
     if len(args.gradiend) != len(args.dataset):
         raise ConfigError(
             f"Expected one --dataset for each --gradiend, in the same order, but got "
             f"{len(args.dataset)} for {len(args.gradiend)}."
         )
-    folder = writable_folder(args.output_dir)
-    if any(folder.iterdir()):
-        raise OutputError(
-            f"Expected a new or empty folder for the GRADIEND, but {args.output_dir!r} holds "
-            f"files. Choose another --output_dir, or empty it."
-        )
+    folder = empty_folder(args.output_dir, "the GRADIEND", another="--output_dir")
     datasets = [split_of(feature_data(place), args.split) for place in args.dataset]
     gradiends = [load_gradiend(place) for place in args.gradiend]
     base_model, tokenizer = load_base_of(gradiends[0], args.base_model)

@@ -1,7 +1,6 @@
 """Learn, read and dial the gender feature of a real small model, with pictures."""
 
 import argparse
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from hf_gradiend.adapter.conversion import GradiendAdapter
 from hf_gradiend.adapter.values import ADAPTER_FILE
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.cli.common import (
+    can_draw,
     display_name,
     encoder_table,
     feature_data,
@@ -21,6 +21,7 @@ from hf_gradiend.cli.common import (
     origin_of,
     peak_rss_bytes,
     short_splits,
+    speaker,
     split_of,
     table,
 )
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """The whole path: data → gradients → GRADIEND → edit → evaluation → files and pictures."""
     started = time.perf_counter()
     folder = writable_folder(args.output_dir)
-    say = (lambda _line: None) if args.json else print
+    say = speaker(args)
     place = args.base_model or str(quickstart_model(say))
     base_model, tokenizer = load_base_model(place)
     name = display_name(place)
@@ -176,8 +177,7 @@ def _origin(
 
 
 def _pictures(report: dict, folder: Path, say) -> list[Path]:  # noqa: ANN001 - print, or nothing
-    if importlib.util.find_spec("matplotlib") is None:
-        say('No pictures: matplotlib is missing. Install it with pip install "hf_gradiend[plot]".')
+    if not can_draw(say):
         return []
     # As a reader of report.json sees it, so that no picture shows what the file does not hold.
     return plot_all(json.loads(json.dumps(report)), folder)

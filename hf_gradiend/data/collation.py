@@ -207,11 +207,30 @@ def prepare_texts(
     return PreparedTexts(tuple(texts), n_rows, tuple(skipped))
 
 
-def collate(texts: Sequence[PreparedText], pad_token_id: int) -> TargetBatch:
-    """Pad texts to the longest of them, on the right.
+def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Pad rows of token ids to the longest of them, on the right.
 
     Right padding is exact for causal models too: no real token attends to what follows it, and each
-    row is read at its own last real position.
+    row is read at positions of its own.
+
+    Args:
+        rows: Token ids of each input.
+        pad_token_id: Token id to pad with.
+
+    Returns:
+        The ids, int64 `(rows, length)`, and the attention mask of the same shape: 1 for tokens, 0
+        for padding.
+    """
+    input_ids = torch.full((len(rows), max(map(len, rows))), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)] = torch.tensor(row)
+        attention_mask[number, : len(row)] = 1
+    return input_ids, attention_mask
+
+
+def collate(texts: Sequence[PreparedText], pad_token_id: int) -> TargetBatch:
+    """Texts as one batch, padded as `pad_rows` does.
 
     Args:
         texts: Tokenised texts that all have the same number of words.
@@ -221,12 +240,7 @@ def collate(texts: Sequence[PreparedText], pad_token_id: int) -> TargetBatch:
     builder = _BatchBuilder()
     for number, text in enumerate(texts):
         builder.add(text, number * n_words)
-    length = max(len(row) for row in builder.rows)
-    input_ids = torch.full((len(builder.rows), length), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for number, row in enumerate(builder.rows):
-        input_ids[number, : len(row)] = torch.tensor(row)
-        attention_mask[number, : len(row)] = 1
+    input_ids, attention_mask = pad_rows(builder.rows, pad_token_id)
     site_rows, site_positions = torch.tensor(list(builder.sites)).T  # (sites, 2) -> 2 × (sites,)
     sites, tokens, weights, outputs = zip(*builder.terms, strict=True)
     return TargetBatch(

@@ -11,8 +11,7 @@ from datasets import Dataset
 
 from hf_gradiend.data.building import BuiltFeature
 from hf_gradiend.data.publishing import render_dataset_card
-from hf_gradiend.errors import OutputError
-from hf_gradiend.files import replaced_folder, writable_folder, write_json
+from hf_gradiend.files import empty_folder, replaced_folder, write_json
 
 
 def save_feature_dataset(built: BuiltFeature, path: str | os.PathLike[str]) -> Path:
@@ -33,7 +32,7 @@ def save_feature_dataset(built: BuiltFeature, path: str | os.PathLike[str]) -> P
     Raises:
         OutputError: If the folder holds files, or cannot be written.
     """  # noqa: DOC502 - raised by empty_folder
-    folder = empty_folder(path)
+    folder = empty_folder(path, "the data set")
     parts = {"default": ("data", built.dataset), "neutral": ("neutral", built.neutral)}
     with replaced_folder(folder) as fresh:
         configs = []
@@ -47,24 +46,6 @@ def save_feature_dataset(built: BuiltFeature, path: str | os.PathLike[str]) -> P
         write_json(fresh / "statistics.json", built.statistics)
         (fresh / "spec.yaml").write_text(built.spec.source, "utf-8")
         (fresh / "README.md").write_text(_card(built, {"configs": configs}), "utf-8")
-    return folder
-
-
-def empty_folder(path: str | os.PathLike[str]) -> Path:
-    """A folder that can be written to and holds nothing; made where it does not exist.
-
-    Args:
-        path: The folder.
-
-    Raises:
-        OutputError: If it holds files, or cannot be written.
-    """
-    folder = writable_folder(path)
-    if any(folder.iterdir()):
-        raise OutputError(
-            f"Expected a new or empty folder for the data set, but {str(folder)!r} holds files. "
-            f"Choose another one, or empty it."
-        )
     return folder
 
 

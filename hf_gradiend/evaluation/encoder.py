@@ -1,7 +1,8 @@
 """What the encoder reads: the classes, neutral tokens, and words it was never trained on."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
@@ -67,6 +68,19 @@ class TransferPair:
 
 
 @dataclass(frozen=True)
+class OtherClass:
+    """What the encoder reads in the words of a class that it does not tell apart.
+
+    Args:
+        mean: Mean h, in [−1, 1]; near ±1 the encoder takes the class for one of its own.
+        mean_absolute: Mean |h|, in [0, 1]; lower is better.
+    """
+
+    mean: Estimate
+    mean_absolute: Estimate
+
+
+@dataclass(frozen=True)
 class EncoderReport:
     """What the encoder of a GRADIEND reads.
 
@@ -79,6 +93,7 @@ class EncoderReport:
         transfer_in_order: Share of the feature's pairs whose + word reads higher, in [0, 1]; 0.5 is
             chance. `None` without transfer data.
         transfer_gap: Mean difference of h between the two words of the feature's pairs.
+        other_classes: By class, what is read in texts with words of the data set's other classes.
     """
 
     classes: tuple[str, str]
@@ -88,6 +103,7 @@ class EncoderReport:
     transfer: list[TransferPair]
     transfer_in_order: Estimate | None
     transfer_gap: Estimate | None
+    other_classes: dict[str, OtherClass] = field(default_factory=dict)
 
 
 def class_names(gradiend: GradiendModel) -> tuple[str, str]:
@@ -113,6 +129,7 @@ def evaluate_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
     neutral_texts: Sequence[str],
     *,
     transfer: Dataset | None = None,
+    other_texts: Dataset | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
     seed: int = 0,
@@ -128,6 +145,7 @@ def evaluate_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
         neutral_texts: Texts without the feature.
         transfer: Rows with `text`, `factual`, `counterfactual`, `pair` and `kind`, as
             `hf_gradiend.data.templates.transfer_pairs` makes them.
+        other_texts: Texts of other classes than the GRADIEND's two.
         batch_size: Texts per forward pass.
         max_length: Longest input in tokens.
         seed: Seed of the neutral words and of the bootstrap.
@@ -160,6 +178,10 @@ def evaluate_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
         read = encode_texts(gradiend, base_model, processing_class, transfer, **run)
         if read.factual is not None and read.counterfactual is not None:
             pairs = _transfer_pairs(transfer, read.factual[:, 0], read.counterfactual[:, 0])
+    others: dict[str, OtherClass] = {}
+    if other_texts is not None:
+        read = encode_texts(gradiend, base_model, processing_class, other_texts, **run)
+        others = _other_classes(other_texts["factual_class"], read.source[:, 0], seed)
     gaps = torch.tensor([p.positive - p.negative for p in pairs if p.kind == "feature"])
     return EncoderReport(
         classes=(positive, negative),
@@ -169,6 +191,7 @@ def evaluate_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
         transfer=pairs,
         transfer_in_order=_mean((gaps > 0).float(), seed) if len(gaps) else None,
         transfer_gap=_mean(gaps, seed) if len(gaps) else None,
+        other_classes=others,
     )
 
 
@@ -242,6 +265,15 @@ def _transfer_pairs(rows: Dataset, positive: Tensor, negative: Tensor) -> list[T
         for (pair, kind), found in members.items()
         if bool(positive[found].isfinite().any())  # else none of its contexts could be read
     ]
+
+
+def _other_classes(classes: Sequence[str], encodings: Tensor, seed: int) -> dict[str, OtherClass]:
+    of_class: dict[str, list[float]] = {}
+    for label, h in zip(classes, encodings.tolist(), strict=True):
+        if not math.isnan(h):  # without room for its target
+            of_class.setdefault(label, []).append(h)
+    found = {label: torch.tensor(values) for label, values in sorted(of_class.items())}
+    return {label: OtherClass(_mean(h, seed), _mean(h.abs(), seed)) for label, h in found.items()}
 
 
 def _mean(values: Tensor, seed: int) -> Estimate:

@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,7 +36,7 @@ from hf_gradiend.errors import (
     first_line_of,
 )
 from hf_gradiend.evaluation.bias.benchmark import Measure
-from hf_gradiend.evaluation.bias.comparison import Row, verdict_of
+from hf_gradiend.evaluation.bias.comparison import Row, compared_scores
 from hf_gradiend.evaluation.bias.crows_pairs import CrowsPairs
 from hf_gradiend.evaluation.bias.suite import folder_of
 from hf_gradiend.metrics import Estimate, bootstrap_all
@@ -233,7 +233,7 @@ def compared_in_harness(before: HarnessResult, after: HarnessResult) -> list[Row
     if left:
         names = ", ".join(f"{first.task} {first.metric}" for first, _ in left)
         logger.warning("Not compared, as there is no number per item: %s", names)
-    return [_row(*pair) for pair in pairs if pair not in left]
+    return [row for pair in pairs if pair not in left for row in _rows(*pair)]
 
 
 def crows_pairs_task(
@@ -452,27 +452,13 @@ def _best(metric: str, higher_is_better: bool | None) -> Literal["high", "low"] 
     return "high" if higher_is_better else "low"
 
 
-def _row(first: HarnessScore, second: HarnessScore) -> Row:
-    best = first.best
-
-    def distance(value: float) -> float:
-        if isinstance(best, float):
-            return abs(value - best)
-        return value if best == "low" else -value
-
-    def statistics(rows: Tensor) -> dict[str, float]:
-        was, is_now = first.on(rows), second.on(rows)
-        found = {"before": was, "after": is_now, "change": is_now - was}
-        return found if best is None else found | {"distance": distance(is_now) - distance(was)}
-
-    estimates = bootstrap_all(statistics, first.n)
-    measure = Measure(first.metric, -math.inf, math.inf, best)
-    return {
-        "benchmark": first.title,
-        "measure": first.metric,
-        "best": best,
-        "before": asdict(estimates["before"]),
-        "after": asdict(estimates["after"]),
-        "change": asdict(estimates["change"]),
-        "verdict": verdict_of(measure, estimates.get("distance")),
-    }
+def _rows(first: HarnessScore, second: HarnessScore) -> list[Row]:
+    # The ends of the scale, which the harness does not say, cancel in a change of the distance.
+    measure = Measure(first.metric, 0.0, 0.0, first.best)
+    return compared_scores(
+        first.title,
+        [measure],
+        lambda rows: {first.metric: first.on(rows)},
+        lambda rows: {first.metric: second.on(rows)},
+        first.n,
+    )

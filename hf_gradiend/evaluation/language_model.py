@@ -14,7 +14,7 @@ from hf_gradiend.base_models import (
     evaluation_mode,
     pad_token_id_of,
 )
-from hf_gradiend.data.collation import DEFAULT_MAX_LENGTH
+from hf_gradiend.data.collation import DEFAULT_MAX_LENGTH, pad_rows
 from hf_gradiend.errors import DataError, NumericalError
 from hf_gradiend.gradients.objectives import head_at_sites
 
@@ -81,7 +81,7 @@ class LanguageModelProbe:
         self.batches: list[_ScoredBatch] = []
         self.n_texts = len(rows)
         for start in range(0, len(rows), batch_size):
-            batch = _pad(rows[start : start + batch_size], pad_token_id_of(tokenizer))
+            batch = pad_rows(rows[start : start + batch_size], pad_token_id_of(tokenizer))
             ordinary = (batch[1] == 1) & ~torch.isin(batch[0], special_ids)
             if objective == "causal":
                 scored = [self._causal(batch, ordinary, start)]
@@ -186,13 +186,3 @@ class LanguageModelProbe:
         return _ScoredBatch(
             batch[0].masked_fill(chosen, mask_token_id), batch[1], rows, positions, labels, first
         )
-
-
-def _pad(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    length = max(len(row) for row in rows)
-    ids = torch.full((len(rows), length), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-    return ids, mask

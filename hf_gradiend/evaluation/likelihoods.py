@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.base_models import evaluation_mode, objective_of, pad_token_id_of
+from hf_gradiend.data.collation import pad_rows
 from hf_gradiend.errors import DataError, NumericalError
 from hf_gradiend.gradients.objectives import head_at_sites
 
@@ -228,12 +229,7 @@ class Likelihoods:
         self, batch: Sequence[tuple[int, ...]], sites: Sequence[tuple[int, int, int]]
     ) -> Tensor:
         device = self.model.device
-        length = max(map(len, batch))
-        ids = torch.full((len(batch), length), pad_token_id_of(self.tokenizer))
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(batch):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
+        ids, mask = pad_rows(batch, pad_token_id_of(self.tokenizer))
         rows, positions, tokens = torch.tensor(sites).unbind(1)
         rows, positions = rows.to(device), positions.to(device)
         with head_at_sites(self.model, rows, positions) as at_sites:

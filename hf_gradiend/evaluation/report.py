@@ -5,7 +5,6 @@ Cards, tables and figures are made from it and from nothing else.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import cast
 
 from datasets import Dataset
@@ -24,7 +23,7 @@ from hf_gradiend.evaluation.encoder import EncoderReport, class_names, evaluate_
 from hf_gradiend.evaluation.probe import EditMeasures, EditProbe, SlotProbe, compared
 from hf_gradiend.metrics import Estimate
 from hf_gradiend.modeling_gradiend import GradiendModel
-from hf_gradiend.version import __version__
+from hf_gradiend.version import versions
 
 GENDER_WORDS = (["she"], ["he"])
 # A little inside the limits of 0.99 and 0.75, which the edit has to keep on other texts.
@@ -82,6 +81,7 @@ def read_encoder(
     splits: Mapping[str, Dataset],
     *,
     neutral_texts: Sequence[str] | None = None,
+    other_texts: Dataset | None = None,
     progress: bool = True,
 ) -> EncoderReport:
     """`evaluate_encoder` with the package's own neutral texts and, for gender, its transfer pairs.
@@ -92,6 +92,7 @@ def read_encoder(
         processing_class: The base model's tokenizer.
         splits: Feature data sets by name.
         neutral_texts: Texts without the feature; `None` for the package's own.
+        other_texts: Texts of other classes than the GRADIEND's two.
         progress: Show progress bars.
     """
     if neutral_texts is None:
@@ -103,6 +104,7 @@ def read_encoder(
         splits,
         neutral_texts,
         transfer=_oriented_transfer(gradiend) if is_gender(gradiend) else None,
+        other_texts=other_texts,
         progress=progress,
     )
 
@@ -252,10 +254,7 @@ def build_report(
     """
     return {
         "format": 2,
-        "versions": {
-            "hf_gradiend": __version__,
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
+        "versions": versions(),
         **asdict(origin),
         "solver": origin.settings.get("solver"),
         "base_model_revision": gradiend.config.base_model_revision,

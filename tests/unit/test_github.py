@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,6 @@ import yaml
 
 from hf_gradiend.cli.main import _parser
 from hf_gradiend.version import __version__
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # comes with pytest
 
 ROOT = Path(__file__).parents[2]
 GITHUB = ROOT / ".github"

@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_gradiend.adapter.conversion import GradiendAdapter
@@ -166,7 +167,7 @@ def _find(
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
-    transforms = _transforms(model)
+    transforms = get_model_conversion_mapping(model)
     found: list[Stored] = []
     for placed in all_placed:
         key = _key(aliases[id(placed.parameter)], model.base_model_prefix, entries)
@@ -195,17 +196,6 @@ def _key(names: list[str], prefix: str, entries: Mapping) -> str:
         lies = "lies there as " + " and ".join(keys) if keys else "does not lie there by its name"
         raise NotStreamableError(f"{names[0]} {lies}")
     return keys[0]
-
-
-def _transforms(model: PreTrainedModel) -> list:
-    """What transformers does to a checkpoint's keys and tensors before they fit the model."""
-    try:
-        from transformers.conversion_mapping import (  # noqa: PLC0415 - newer transformers only
-            get_model_conversion_mapping,
-        )
-    except ImportError:
-        return []  # transformers 4 renames keys, and nothing else
-    return get_model_conversion_mapping(model)
 
 
 def _entries(file: Path) -> dict[str, dict]:

@@ -1,8 +1,7 @@
 """What can be told from benchmarks that several models were put through."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Literal, TypedDict
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.evaluation.bias.benchmark import BenchmarkResult, Measure
 from hf_gradiend.metrics import Estimate, bootstrap_all
-from hf_gradiend.version import __version__
+from hf_gradiend.version import versions
 
 Verdict = Literal["better", "worse", "cannot be told", "neither is better"]
 VERDICTS: tuple[Verdict, ...] = ("better", "worse", "cannot be told", "neither is better")
+Score = Callable[[Tensor], Mapping[str, float]]
 
 
 class Row(TypedDict):
@@ -47,10 +47,25 @@ def compared(before: BenchmarkResult, after: BenchmarkResult) -> list[Row]:
             f"Expected two results of the same items, but got {before.n} of "
             f"{before.benchmark.title} and {after.n} of {after.benchmark.title}."
         )
-    measures = before.benchmark.measures
+    one = before.benchmark
+    return compared_scores(one.title, one.measures, before.score, after.score, before.n)
+
+
+def compared_scores(
+    title: str, measures: Sequence[Measure], before: Score, after: Score, n: int
+) -> list[Row]:
+    """One row per measure, as `compared` gives them, of any two scores of the same items.
+
+    Args:
+        title: What was measured.
+        measures: Its measures.
+        before: From item numbers of shape `(n,)` to one model's measures by name.
+        after: The same of the other model.
+        n: Number of items.
+    """
 
     def changes(rows: Tensor) -> dict[str, float]:
-        first, second = before.score(rows), after.score(rows)
+        first, second = before(rows), after(rows)
         found: dict[str, float] = {}
         for measure in measures:
             name = measure.name
@@ -61,10 +76,10 @@ def compared(before: BenchmarkResult, after: BenchmarkResult) -> list[Row]:
                 found[f"distance {name}"] = is_now - was
         return found
 
-    estimates = bootstrap_all(changes, before.n)
+    estimates = bootstrap_all(changes, n)
     return [
         {
-            "benchmark": before.benchmark.title,
+            "benchmark": title,
             "measure": measure.name,
             "best": measure.better,
             "before": asdict(estimates[f"before {measure.name}"]),
@@ -114,10 +129,7 @@ def comparison_report(
     """
     return {
         "format": 1,
-        "versions": {
-            "hf_gradiend": __version__,
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
+        "versions": versions(),
         "base_model": base_model,
         "limit": limit,
         "papers": {result.benchmark.name: result.benchmark.paper for result in base},

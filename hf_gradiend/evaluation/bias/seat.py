@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_gradiend.base_models import evaluation_mode, pad_token_id_of
+from hf_gradiend.data.collation import pad_rows
 from hf_gradiend.errors import NumericalError
 from hf_gradiend.evaluation.bias.benchmark import Benchmark, Columns, Item, Measure
 from hf_gradiend.evaluation.likelihoods import Likelihoods
@@ -74,12 +75,7 @@ class Seat(Benchmark):
             for start in range(0, len(sentences), 64):
                 batch = sentences[start : start + 64]
                 encoded = [tokenizer(text, return_offsets_mapping=True) for text in batch]
-                length = max(len(row["input_ids"]) for row in encoded)
-                ids = torch.full((len(batch), length), pad)
-                mask = torch.zeros_like(ids)
-                for row, one in enumerate(encoded):
-                    ids[row, : len(one["input_ids"])] = torch.tensor(one["input_ids"])
-                    mask[row, : len(one["input_ids"])] = 1
+                ids, mask = pad_rows([one["input_ids"] for one in encoded], pad)
                 states = model.base_model(
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device)
                 ).last_hidden_state.float()

@@ -21,8 +21,10 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.core_model_loading import WeightRenaming
 
 from hf_gradiend.adapter.conversion import GradiendAdapter
+from hf_gradiend.adapter.export import checkpoint
 from hf_gradiend.adapter.export.lora import export_lora, singular_values
 from hf_gradiend.adapter.export.merged import export_merged
 from hf_gradiend.adapter.export.supertuning import export_supertuning
@@ -211,10 +213,8 @@ def test_a_tied_weight_is_edited_under_any_of_its_names(
 def test_a_weight_that_transformers_converts_is_not_edited_in_its_file(
     tiny_llama, causal_tokenizer, adapter_for, tmp_path, caplog, monkeypatch
 ):
-    mapping = pytest.importorskip("transformers.conversion_mapping")
-    renaming = mapping.WeightRenaming(r"\.up_proj\.", ".down_proj.")
-    transforms = "hf_gradiend.adapter.export.checkpoint._transforms"
-    monkeypatch.setattr(transforms, lambda _model: [renaming])
+    renaming = WeightRenaming(r"\.up_proj\.", ".down_proj.")
+    monkeypatch.setattr(checkpoint, "get_model_conversion_mapping", lambda _model: [renaming])
     saved(tiny_llama, tmp_path / "base", causal_tokenizer)
 
     for name, is_converted in (("up_proj", True), ("gate_proj", False)):

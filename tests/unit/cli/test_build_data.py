@@ -2,10 +2,7 @@
 
 import json
 
-import datasets
 import pytest
-from datasets.utils import logging as datasets_logging
-from transformers.utils import logging as transformers_logging
 
 from hf_gradiend.cli import main
 from hf_gradiend.data import corpora, searching
@@ -20,17 +17,6 @@ classes: {warm: [hot], cold: [icy]}
 splits: {train: 0.5, test: 0.5}
 hold_out: [document]
 """
-
-
-@pytest.fixture(autouse=True)
-def quiet_again(tmp_path, monkeypatch):
-    """`main` sets transformers' verbosity and the bars for its process; the tests share one."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    datasets_logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -3,17 +3,15 @@ import json
 import math
 import shutil
 import signal
+import sys
 from functools import partial
 
-import datasets
 import pytest
 import torch
-from datasets.utils import logging as datasets_logging
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from hf_gradiend.adapter.config import feature_factor_of
 from hf_gradiend.adapter.control import set_strength
@@ -31,25 +29,8 @@ from hf_gradiend.metrics import bootstrap_all
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.solvers import AdamWSolver
 
+NO_PICTURES = 'No pictures: matplotlib is missing. Install it with pip install "hf_gradiend[plot]".'
 ENCODER_KEYS = {"correlation", "accuracy", "n"}
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """`main` sets transformers' verbosity and the bars for its process; the tests share one."""
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    datasets_logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def private_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("cache")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -754,6 +735,28 @@ def test_the_quickstart_prints_its_tables_for_people(run, place, tmp_path):
     assert "report.json" in lines[-1]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "decode", "quickstart"])
+def test_without_matplotlib_people_are_told_once_and_machines_get_json(
+    run, evaluate, place, trained, texts, monkeypatch, tmp_path, command
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    argv = {
+        "evaluate": (*evaluate, "--limit", "2"),
+        "decode": ("decode", "--gradiend", trained, "--output_dir", tmp_path / "out", *texts,
+                   "--feature_factors", "0", "--step_sizes", "0.1", "--max_trials", "0"),
+        "quickstart": ("quickstart", "--base_model", place / "base", "--dataset",
+                       place / "data.jsonl", "--output_dir", tmp_path / "out", "--fast"),
+    }[command]  # fmt: skip
+
+    code, out, _ = run(*argv)
+    again, machine, _ = run(*argv, "--json")
+
+    assert code == again == 0
+    assert out.splitlines().count(NO_PICTURES) == 1
+    assert isinstance(json.loads(machine), dict)  # and nothing else
+    assert not list(tmp_path.rglob("*.png"))
+
+
 @pytest.mark.parametrize("command", ["train", "encode"])
 def test_people_get_a_table_and_machines_one_line_without_bars(
     run, place, trained, tmp_path, command
@@ -901,9 +904,11 @@ def bad_input(place, trained, tmp_path):
             [*adapt, trained, "--feature_factor", "0", "--step_size", "1", "--top_k", "1.5"],
             "(0, 1]"),
         "a folder with files of others": (
-            ["adapt", "--gradiend", trained, "--output_dir", full], "new or empty folder"),
+            ["adapt", "--gradiend", trained, "--output_dir", full],
+            "holds files. Choose another --output_dir, or empty it."),
         "the folder of the GRADIEND itself": (
-            ["adapt", "--gradiend", trained, "--output_dir", trained], "new or empty folder"),
+            ["adapt", "--gradiend", trained, "--output_dir", trained],
+            "new or empty folder for the adapter"),
         "a quickstart without a folder": (
             ["quickstart", "--base_model", place / "base", "--output_dir", tmp_path / "file" / "q"],
             "cannot be written"),

@@ -1,34 +1,15 @@
 """The command that compares GRADIENDs, on folders as people have them."""
 
 import json
+import sys
 
-import datasets
 import pytest
 import torch
-from datasets.utils import logging as datasets_logging
-from transformers.utils import logging as transformers_logging
 
 from hf_gradiend.cli import main
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import select_parameters
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """`main` sets transformers' verbosity and the bars for its process; the tests share one."""
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    datasets_logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def private_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def save_gradiend(model, folder, seed, **settings):
@@ -108,6 +89,21 @@ def test_the_command_writes_what_it_found_and_prints_it(run, place, tmp_path):
         f"{reading['gap']:.3f}", f"{reading['correlation']['value']:.3f}",
     ]  # fmt: skip
     assert str(tmp_path / "out" / "features.png") in tables[-1][-1]
+    assert "No pictures" not in out
+
+
+def test_without_matplotlib_people_are_told_and_machines_get_json(
+    run, place, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    code, out, _ = run("--gradiend", place / "one")
+    again, machine, _ = run("--gradiend", place / "one", "--json")
+
+    assert code == again == 0
+    assert sum(line.startswith("No pictures: matplotlib") for line in out.splitlines()) == 1
+    assert json.loads(machine)["output"].endswith("features.json")
+    assert not (tmp_path / "out" / "features.png").exists()
 
 
 def test_json_is_the_last_line_and_the_file(run, place, tmp_path):

@@ -1,11 +1,11 @@
 """Several classes and several axes from the command line."""
 
 import json
+import re
 
 import pytest
-from datasets.utils import logging as datasets_logging
-from transformers.utils import logging as transformers_logging
 
+from hf_gradiend.base_models import load_base_model
 from hf_gradiend.cli import main
 from hf_gradiend.modeling_gradiend import GradiendModel
 
@@ -16,16 +16,6 @@ TEXTS = [
     "Paul was late because [TARGET] was tired.",
     "My doctor said [TARGET] was late.",
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """`main` sets transformers' verbosity and the bars for its process; the tests share one."""
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    datasets_logging.enable_progress_bar()
 
 
 @pytest.fixture
@@ -80,6 +70,49 @@ def test_every_contrast_has_a_gradiend_and_a_report(place, capsys, kind, names):
         assert gradiend.config.feature_classes == [name.split("-")]
 
 
+def test_a_pair_also_reads_the_words_of_the_other_classes(place, capsys):
+    folder = place / "out"
+
+    _, out, _ = train(place, capsys, "--contrasts", "pairs", "--output_dir", str(folder))
+
+    short = json.loads(out.splitlines()[-1])["contrasts"]["F-M"]["other_classes"]
+    report = json.loads((folder / "F-M" / "report.json").read_text("utf-8"))
+    found = report["encoder"]["other_classes"]
+    gradiend = GradiendModel.from_pretrained(folder / "F-M")
+    base, tokenizer = load_base_model(str(place / "base"))
+    means = {}
+    for name, word in WORDS.items():
+        rows = [{"text": text, "factual": word, "counterfactual": "he"} for text in TEXTS]
+        means[name] = gradiend.encode_texts(base, tokenizer, rows, progress=False)[:, 0]
+    assert found.keys() == short.keys() == {"N"}
+    assert found["N"]["mean"]["n"] == short["N"]["n"] == len(TEXTS)  # each text once
+    assert found["N"]["mean"]["value"] == pytest.approx(float(means["N"].mean()), abs=1e-5)
+    assert found["N"]["mean_absolute"]["value"] == short["N"]["mean_absolute"]
+    assert short["N"]["mean_absolute"] == pytest.approx(float(means["N"].abs().mean()), abs=1e-5)
+    # The control: the pair's own classes read something else.
+    assert found["N"]["mean"]["value"] != pytest.approx(float(means["F"].mean()), abs=1e-3)
+    assert found["N"]["mean"]["value"] != pytest.approx(float(means["M"].mean()), abs=1e-3)
+
+
+def test_one_against_the_rest_has_no_other_class(place, capsys):
+    _, out, _ = train(place, capsys, "--contrasts", "rest", "--output_dir", str(place / "out"))
+
+    contrasts = json.loads(out.splitlines()[-1])["contrasts"]
+    assert [each["other_classes"] for each in contrasts.values()] == [{}, {}, {}]
+
+
+def test_the_table_shows_what_other_classes_read(place, capsys):
+    code = main(
+        ["train", "--base_model", str(place / "base"), "--dataset", str(place / "data.jsonl"),
+         "--contrasts", "pairs", "--output_dir", str(place / "out")]
+    )  # fmt: skip
+
+    head, _, first = capsys.readouterr().out.splitlines()[:3]
+    assert code == 0
+    assert "other classes: h, |h|" in head
+    assert re.search(r"F-M \(validation\) .* N [+-]\d\.\d\d, \d\.\d\d", first)
+
+
 def test_two_of_several_classes_can_be_chosen_and_joined(place, capsys):
     for one, other in (("F", "M"), ("F", "N")):
         code, _, _ = train(
@@ -106,7 +139,7 @@ def test_two_of_several_classes_can_be_chosen_and_joined(place, capsys):
         (["join", "--gradiend", str(place / "M"), "--dataset", data, "--dataset", data,
           "--output_dir", str(place / "bad")], "one --dataset for each"),
         (["join", "--gradiend", str(place / "M"), "--dataset", data,
-          "--output_dir", str(place / "joined")], "new or empty folder"),
+          "--output_dir", str(place / "joined")], "new or empty folder for the GRADIEND"),
     )  # fmt: skip
     for argv, words in bad:
         assert main(argv) == 2

@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-import datasets
 import pytest
 from datasets import DatasetDict, load_dataset
 
@@ -29,11 +28,6 @@ PLACES = ("garden", "kitchen", "harbour", "station", "market", "library", "tower
 
 # Python warns of forks while other threads run, which the libraries start.
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +151,10 @@ def test_the_neutral_texts_have_no_word_of_the_specification(built_specs, name):
 
 
 def test_neutral_texts_with_a_word_of_the_specification_are_counted(built_specs):
-    # The control of the test above: most of the package's neutral texts have a verb of the list.
+    # The control of the test above: some of the package's neutral texts have a pronoun of the list.
     dropped = built_specs["number"].statistics["neutral"]["dropped"]
 
-    assert dropped["a word of the specification"] > 50
+    assert dropped["a word of the specification"] >= 5
 
 
 @pytest.mark.parametrize(("name", "kind"), [("religion", "template"), ("sentiment", "word")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_gradiend.base_models import check_tokenizer
-from hf_gradiend.data.collation import batches_by_length, collate, prepare_texts
+from hf_gradiend.data.collation import batches_by_length, collate, pad_rows, prepare_texts
 from hf_gradiend.errors import BaseModelError, DataError
 
 KINDS = ["gpt2", "roberta", "bert", "llama"]
@@ -434,6 +434,15 @@ def test_padding_is_on_the_right_whatever_the_tokenizer_says(make_tokenizer, sid
     assert batch.input_ids[1, 1] == 7
     assert batch.attention_mask.tolist() == [[1, 1], [1, 0]]
     assert batch.site_positions.tolist() == [1, 0]
+
+
+def test_rows_are_padded_to_the_longest_and_the_mask_knows_a_token_from_padding():
+    # 7 is a token of the first row and the padding of the second.
+    ids, mask = pad_rows([(7, 5, 7), [6], [4, 3]], 7)
+
+    assert ids.tolist() == [[7, 5, 7], [6, 7, 7], [4, 3, 7]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert (ids.dtype, mask.dtype) == (torch.int64, torch.int64)
 
 
 def test_a_batch_is_as_long_as_its_longest_text(make_tokenizer):

@@ -419,7 +419,8 @@ def test_a_specification_of_the_package_says_what_it_measures_and_has_templates(
     assert {"template", "document"} <= {*spec.hold_out}
     for label, words in spec.classes.items():
         # Not at the beginning: each word is followed as it is spelled within a sentence.
-        assert all(word[0].islower() or name in ("religion", "race") for word in words), label
+        lower = [word for word in words if word != "I"]
+        assert all(word[0].islower() or name in ("religion", "race") for word in lower), label
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -434,7 +435,7 @@ def test_a_filler_that_tells_the_class_stands_before_the_slot(name):
             assert [key for key in telling if f"[{key}]" in left], template.text
 
 
-@pytest.mark.parametrize(("name", "n_groups"), [("race", 6), ("religion", 6), ("number", 6)])
+@pytest.mark.parametrize(("name", "n_groups"), [("race", 6), ("religion", 6), ("number", 7)])
 def test_each_group_of_words_has_templates_of_its_own(name, n_groups):
     spec = load_spec(name)
     groups = Counter(template.words for template in spec.templates)

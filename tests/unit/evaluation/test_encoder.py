@@ -187,6 +187,22 @@ def test_without_transfer_data_there_is_no_transfer(report_of):
 
 
 @pytest.mark.parametrize("planted", ["gpt2"], indirect=True)
+def test_other_classes_are_means_over_their_readable_texts(planted, gradiend, report_of):
+    rows = [{**row, "factual_class": "N"} for row in planted.data["test"].select(range(3))]
+    unreadable = {**rows[0], "text": "[TARGET] was late ."}  # nothing before the slot
+
+    report = report_of(other_texts=Dataset.from_list([*rows, unreadable]))
+
+    h = by_backward(planted, gradiend, rows)[:, 0]
+    assert report.other_classes.keys() == {"N"}
+    other = report.other_classes["N"]
+    assert other.mean.n == other.mean_absolute.n == 3
+    assert other.mean.value == pytest.approx(float(h.mean()), abs=1e-3)
+    assert other.mean_absolute.value == pytest.approx(float(h.abs().mean()), abs=1e-3)
+    assert report_of().other_classes == {}  # the control
+
+
+@pytest.mark.parametrize("planted", ["gpt2"], indirect=True)
 def test_texts_without_room_are_left_out_of_every_number(planted, report_of):
     # A causal model cannot read a slot with nothing before it.
     row = {**planted.data["test"][0], "text": "[TARGET] was late ."}
