@@ -1,4 +1,4 @@
-"""The configuration of a GRADIEND to be trained."""
+"""What is to be learned: the classes of a data set, and the configuration of a GRADIEND."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,8 +8,50 @@ from transformers import PreTrainedModel
 
 from hf_gradiend.base_models import objective_of
 from hf_gradiend.configuration_gradiend import GradiendConfig
+from hf_gradiend.data.loading import classes_of, validate_feature_dataset
+from hf_gradiend.errors import ConfigError, DataError
 from hf_gradiend.parameters import ParameterSelection
 from hf_gradiend.training.arguments import GradiendTrainingArguments
+
+
+def classes_to_learn(dataset: Dataset, wanted: Sequence[str] | None) -> list[str]:
+    """The two classes of training data, first the one that encodes to +1.
+
+    Args:
+        dataset: Feature data set.
+        wanted: The classes in order; `None` for alphabetical order.
+
+    Raises:
+        DataError: If there are not two, or all texts are of one.
+        ConfigError: If other classes are wanted.
+    """
+    present = two_classes_of(dataset)
+    if set(dataset["factual_class"]) != {*present}:
+        raise DataError(
+            f"Expected training texts of both classes {present}, but all have the factual "
+            f"class {sorted(set(dataset['factual_class']))}."
+        )
+    if wanted is not None and sorted(wanted) != present:
+        raise ConfigError(
+            f"Expected feature_classes to name the data set's classes {present}, but got {wanted}."
+        )
+    return list(wanted) if wanted else present
+
+
+def two_classes_of(dataset: Dataset) -> list[str]:
+    """The two classes of a feature data set, in alphabetical order.
+
+    Raises:
+        DataError: If columns are missing, or there are more or fewer classes.
+    """
+    validate_feature_dataset(dataset)
+    present = classes_of([dataset])
+    if len(present) != 2:
+        raise DataError(
+            f"Expected texts of two classes, but got {present}. Choose two, for instance with "
+            f"load_feature_dataset(…, classes=({present[0]!r}, {present[1]!r}))."
+        )
+    return present
 
 
 def gradiend_config(

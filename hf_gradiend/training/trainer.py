@@ -2,11 +2,8 @@
 
 import logging
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,9 +23,8 @@ from transformers.trainer_callback import (
 
 from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id_of
 from hf_gradiend.data.collation import PreparedTexts, prepare_texts
-from hf_gradiend.data.loading import classes_of, validate_feature_dataset
 from hf_gradiend.data.neutral import neutral_to_fit
-from hf_gradiend.errors import ConfigError, DataError, NumericalError
+from hf_gradiend.errors import ConfigError, NumericalError
 from hf_gradiend.files import writable_folder, write_json
 from hf_gradiend.metrics import pearson_correlation, sign_accuracy
 from hf_gradiend.modeling_gradiend import GradiendModel
@@ -43,8 +39,15 @@ from hf_gradiend.training.checkpoints import (
     save_checkpoint,
     save_shared,
 )
+from hf_gradiend.training.interrupts import interrupts_held_back
 from hf_gradiend.training.pruning import part_of, prune
-from hf_gradiend.training.setup import gradiend_config, with_parameters, words_of_classes
+from hf_gradiend.training.setup import (
+    classes_to_learn,
+    gradiend_config,
+    two_classes_of,
+    with_parameters,
+    words_of_classes,
+)
 from hf_gradiend.training.sharding import Share, share_of
 from hf_gradiend.training.solvers import (
     AdamWSolver,
@@ -134,7 +137,7 @@ class GradiendTrainer:
                 "ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 your_script.py"
             )
         self.base_model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
-        self.classes = self._classes(train_dataset)
+        self.classes = classes_to_learn(train_dataset, args.feature_classes)
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.train_texts = self._labelled(train_dataset).balanced(args.max_train_texts, args.seed)
@@ -270,7 +273,7 @@ class GradiendTrainer:
         try:
             with (
                 problem.stream() as stream,
-                _interrupts_held_back(self.share) as interrupt_now,
+                interrupts_held_back(self.share) as interrupt_now,
             ):
                 for number in range(self.state.global_step, solver.n_steps):
                     self.control = self.callbacks.on_step_begin(args, self.state, self.control)
@@ -374,33 +377,8 @@ class GradiendTrainer:
     def _pad_token_id(self) -> int:
         return pad_token_id_of(self.processing_class)
 
-    def _classes(self, dataset: Dataset) -> list[str]:
-        present = self._two_classes(dataset)
-        if set(dataset["factual_class"]) != {*present}:
-            raise DataError(
-                f"Expected training texts of both classes {present}, but all have the factual "
-                f"class {sorted(set(dataset['factual_class']))}."
-            )
-        wanted = self.args.feature_classes
-        if wanted is not None and sorted(wanted) != present:
-            raise ConfigError(
-                f"Expected feature_classes to name the data set's classes {present}, but got "
-                f"{wanted}."
-            )
-        return list(wanted) if wanted else present
-
-    def _two_classes(self, dataset: Dataset) -> list[str]:
-        validate_feature_dataset(dataset)
-        present = classes_of([dataset])
-        if len(present) != 2:
-            raise DataError(
-                f"Expected texts of two classes, but got {present}. Choose two, for instance with "
-                f"load_feature_dataset(…, classes=({present[0]!r}, {present[1]!r}))."
-            )
-        return present
-
     def _labelled(self, dataset: Dataset) -> LabelledTexts:
-        self._two_classes(dataset)
+        two_classes_of(dataset)
         texts: PreparedTexts = prepare_texts(
             dataset,
             self.processing_class,
@@ -473,45 +451,6 @@ class GradiendTrainer:
             path = [folder / "checkpoint-*", *checkpoints_in(folder)][-1]
         load_solver(path, solver, self.share, self._run)
         self._begin(TrainerState.load_from_json(str(path / "trainer_state.json")), solver)
-
-
-@contextmanager
-def _interrupts_held_back(share: Share) -> Iterator[Callable[[], None]]:
-    """Ctrl-C waits until the function that this yields is called; a second one does not wait.
-
-    A step that is cut in half leaves weights that no number of steps gives, and nothing to go on
-    from. Several processes stop after the same step, also if the Ctrl-C comes to them in different
-    ones; it may come to each twice, from the terminal and from the launcher.
-
-    Args:
-        share: This process among the others.
-
-    Yields:
-        A function that raises the Ctrl-C that was held back, if there was one on any process.
-    """
-    held: list[int] = []
-
-    def hold(number: int, _frame: object) -> None:
-        held.append(number)
-        if len(held) > 1 and share.world_size == 1:
-            raise KeyboardInterrupt
-
-    def interrupt_now() -> None:
-        if share.any(here=bool(held)):
-            raise KeyboardInterrupt
-
-    # Python hands signals to the main thread alone, and a handler of somebody else's stays his.
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield interrupt_now
-        return
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield interrupt_now
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def training_summary(result: TrainingResult) -> dict[str, object]:

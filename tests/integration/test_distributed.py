@@ -130,6 +130,10 @@ def several(run, case):
                 again, stop = f"again-{name}", STOP[spec[0]]
                 cases[f"stopped-{name}"] = case(*spec, BATCH[n] // n, again, stop=stop)
                 cases[f"resumed-{name}"] = case(*spec, BATCH[n] // n, again, resume=True)
+        if n == 2:
+            spec = ("closed_form", "bert", "whole")
+            cases["ctrl_c"] = case(*spec, BATCH[n] // n, "ctrl_c", ctrl_c=3)
+            cases["after_ctrl_c"] = case(*spec, BATCH[n] // n, "ctrl_c", resume=True)
         return run(n, cases)
 
     return several
@@ -202,3 +206,9 @@ def test_several_processes_go_on_to_the_same_bits(several, solver, base, kind):
         assert resumed["digest"] == rank[name]["digest"]
         assert losses(resumed)[-1] == losses(rank[name])[-1]
         assert resumed["shows"] == rank[name]["shows"]
+
+
+def test_ctrl_c_at_one_process_stops_all_after_the_same_step(several):
+    for rank in several(2):
+        assert rank["ctrl_c"] == {"stopped": 3}
+        assert rank["after_ctrl_c"]["digest"] == rank["closed_form-bert-whole"]["digest"]

@@ -5,6 +5,7 @@ python train_cases.py settings.json: `data`, `cases` by name, and `found`, a fil
 
 import hashlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -28,8 +29,23 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class CtrlC(TrainerCallback):
+    """Sends Ctrl-C, as a terminal and a launcher do, in the middle of a step of one process."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, _, state, *__, **___):
+        if state.global_step == self.step - 1 and not state.is_world_process_zero:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+
+CALLBACKS = {"stop": Stop, "ctrl_c": CtrlC}
+
+
 def trainer_of(case, data):
-    """The trainer of a case: `base_model`, `arguments`, `fully_shard` and `stop`."""
+    """The trainer of a case: `base_model`, `arguments`, `fully_shard`, and a step to stop at."""
     arguments = hg.GradiendTrainingArguments(use_cpu=True, disable_tqdm=True, **case["arguments"])
     model, tokenizer = hg.load_base_model(case["base_model"])
     if case.get("fully_shard"):
@@ -37,7 +53,7 @@ def trainer_of(case, data):
             fully_shard(layer)
         fully_shard(model)
     splits = [Dataset.from_list(data[name]) for name in ("train", "validation")]
-    callbacks = [Stop(case["stop"])] if "stop" in case else []
+    callbacks = [kind(case[name]) for name, kind in CALLBACKS.items() if name in case]
     return hg.GradiendTrainer(model, tokenizer, arguments, *splits, callbacks)
 
 
