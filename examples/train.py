@@ -5,7 +5,6 @@ accelerate launch examples/train.py --config examples/train_gender.yaml
 
 import argparse
 import importlib.util
-import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +23,6 @@ from hf_gradiend.plotting import plot_all
 from hf_gradiend.training.trainer import training_summary
 
 HUB = ("push_to_hub", "hub_model_id", "hub_private_repo")  # options that this script acts upon
-TWO_ON_CPU = "ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 examples/train.py …"
 
 
 @dataclass
@@ -59,15 +57,6 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, hg.GradiendTrainingArgument
     return (*parser.parse_dict(given, allow_extra_keys=True), hub)
 
 
-def say_processes(trainer: hg.GradiendTrainer) -> None:
-    """Say how many processes there are, and where accelerate made one of several."""
-    number = trainer.accelerator.num_processes
-    trainer.accelerator.print(f"Processes: {number}")
-    # For several, accelerate sets an address; on CPUs it starts one all the same (its issue 2741).
-    if number == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
-        print(f"accelerate launch was asked for several and started one. On CPUs: {TWO_ON_CPU}")
-
-
 def evaluate(trainer: hg.GradiendTrainer, data: DatasetDict) -> dict:
     """Read the encoder, and choose and judge an edit; the arguments of `build_report`."""
     parts = (trainer.model, trainer.base_model, trainer.processing_class)
@@ -93,7 +82,7 @@ def main() -> None:
     data = hg.load_feature_dataset(script.dataset) if script.dataset else build_gender_pronouns()
     texts = (split_of(data, "train"), data.get("validation"))
     trainer = hg.GradiendTrainer(*model, arguments, *texts)
-    say_processes(trainer)
+    trainer.accelerator.print(f"Processes: {trainer.accelerator.num_processes}")
     training = training_summary(trainer.train())
     if trainer.accelerator.is_main_process:
         licenses = None if script.dataset else (license_of(base, "model"), OWN_TEXTS_LICENSE)

@@ -296,7 +296,7 @@ class GradiendModel(PreTrainedModel):
         include_code: bool = False,
         **kwargs: object,
     ) -> None:
-        """Write config.json and (sharded) safetensors; interrupted, it leaves the folder as it was.
+        """Write config.json and (sharded) safetensors, all or nothing, as `replace_files` says.
 
         Args:
             save_directory: Folder to write to; made where it does not exist.
@@ -306,19 +306,12 @@ class GradiendModel(PreTrainedModel):
             **kwargs: Forwarded to `PreTrainedModel.save_pretrained`.
         """
         folder = Path(save_directory)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as temporary:
             super().save_pretrained(temporary, max_shard_size=max_shard_size, **kwargs)  # pyright: ignore[reportArgumentType]
             if include_code:
                 self._add_code(Path(temporary))
-            folder.mkdir(exist_ok=True)
-            written = sorted(Path(temporary).iterdir(), key=lambda file: file.suffix == ".json")
-            for file in written:
-                file.replace(folder / file.name)
-        names = {file.name for file in written}
-        for stale in folder.glob("model*.safetensors*"):
-            if stale.name not in names:  # shards of an earlier save with another shard size
-                stale.unlink()
+            replace_files(Path(temporary), folder)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -578,6 +571,25 @@ class GradiendModel(PreTrainedModel):
         index = self.indices.at(entry["name"]).to(values.device, torch.int64)
         full = values.new_zeros(*batch, shape.numel())
         return full.index_copy(-1, index, values).view(*batch, *shape)
+
+
+def replace_files(fresh: Path, folder: Path) -> None:
+    """Move the files of a GRADIEND into a folder, in place of those of an earlier one.
+
+    config.json goes first and comes last: killed at any moment, this leaves the old GRADIEND, none
+    that loads, or the new one, but never weights of both.
+
+    Args:
+        fresh: Folder with the new files, on the same disk.
+        folder: Where they are wanted.
+    """
+    (folder / "config.json").unlink(missing_ok=True)
+    names = {file.name for file in fresh.iterdir()}
+    for stale in folder.glob("model*.safetensors*"):
+        if stale.name not in names:  # shards of an earlier save with another shard size
+            stale.unlink()
+    for name in sorted(names, key=lambda name: name == "config.json"):
+        (fresh / name).replace(folder / name)
 
 
 def package_module(module: str) -> ModuleType:

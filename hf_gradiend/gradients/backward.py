@@ -126,7 +126,11 @@ class GradientStream:
 
 @contextmanager
 def gradient_stream(
-    model: PreTrainedModel, selection: ParameterSelection, *, checkpointing: bool = False
+    model: PreTrainedModel,
+    selection: ParameterSelection,
+    *,
+    checkpointing: bool = False,
+    kind: Callable[[PreTrainedModel], GradientStream] = GradientStream,
 ) -> Iterator[GradientStream]:
     """Prepare a base model for streamed gradients; leaves it bit for bit as it was, also on error.
 
@@ -137,6 +141,7 @@ def gradient_stream(
         selection: Parameters whose gradients are wanted.
         checkpointing: Keep the inputs of the layers alone for the backward pass, which then
             computes each layer once more.
+        kind: Makes the stream.
 
     Yields:
         The stream of the base model's gradients.
@@ -147,7 +152,7 @@ def gradient_stream(
     parameters = selection.parameters(model)
     chosen = {id(parameter) for parameter in parameters.values()}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    stream = GradientStream(model)
+    stream = kind(model)
     handles = []
     try:
         for parameter, _, _ in before:

@@ -63,6 +63,8 @@ class GradiendTrainingArguments(TrainingArguments):
         max_length: Longest input in tokens; `None` for the model's limit, at most 256.
         max_eval_texts: Number of validation texts for evaluations during training, balanced over
             classes; `None` for all. The final report uses all of them.
+        shard: On several processes, each keeps its rows of the GRADIEND and of the optimiser's
+            state, instead of all. Always so where FSDP2 shards the base model.
     """
 
     output_dir: str | None = "gradiend"
@@ -100,6 +102,7 @@ class GradiendTrainingArguments(TrainingArguments):
     decoder_initialization: str = "zeros"
     max_length: int | None = None
     max_eval_texts: int | None = 64
+    shard: bool = False
 
     def __post_init__(self) -> None:
         """Validate everything at once, before any work.

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.errors import SelectionError
-from hf_gradiend.gradients.backward import gradient_stream
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, selection_of
+from hf_gradiend.training.setup import with_parameters
 from hf_gradiend.training.solvers import TrainingProblem
 from hf_gradiend.training.texts import ClassBatch, one_pass
 
@@ -62,6 +61,7 @@ def prune(
                 unreached.append(error)
             for tensor in means.values():
                 problem.reduce(tensor)
+            means = problem.share.whole_values(group, means)
             found, of_found = _largest(group, means, n_kept)
             candidates = ParameterSelection((*kept.entries, *found.entries))
             kept, values = _largest(candidates, {**values, **of_found}, n_kept)
@@ -84,7 +84,8 @@ def pruning_groups(
 
 def _zeros(problem: TrainingProblem, group: ParameterSelection) -> dict[str, Tensor]:
     devices = {name: p.device for name, p in group.parameters(problem.base_model).items()}
-    return {e.name: torch.zeros(e.values_shape, device=devices[e.name]) for e in group}
+    own = problem.share.of(group)
+    return {e.name: torch.zeros(e.values_shape, device=devices[e.name]) for e in own}
 
 
 def _add_batches(
@@ -96,11 +97,9 @@ def _add_batches(
 ) -> None:
     """Add this process's share of E[t|+] − E[t|−] for the weights of a group."""
     args = problem.args
-    entries = {entry.name: entry for entry in group}
+    entries = {entry.name: entry for entry in problem.share.of(group)}
     sizes = {sign: len(problem.texts.of_sign(sign)) for sign in (+1, -1)}
-    with gradient_stream(
-        problem.base_model, group, checkpointing=args.checkpoints_activations
-    ) as stream:
+    with problem.stream(group) as stream:
         for batch in batches:
             for part in problem.parts_of(batch.texts):
                 factor = batch.sign * part.n_texts / sizes[batch.sign]
@@ -140,14 +139,22 @@ def pruned_gradiend(gradiend: GradiendModel, fraction: float) -> GradiendModel:
     """  # noqa: DOC502 - raised by top_k
     selection = selection_of(gradiend)
     scores = {name: gradiend.decoder.weight.at(name).norm(dim=0) for name in selection.names}
-    kept = selection.top_k(scores, fraction=fraction)
-    content = gradiend.config.to_dict()
-    content |= {"parameters": kept.to_config(), "selection_fingerprint": kept.fingerprint}
-    smaller = GradiendModel(GradiendConfig.from_dict(content)).to(
+    return part_of(gradiend, selection.top_k(scores, fraction=fraction))
+
+
+@torch.no_grad()
+def part_of(gradiend: GradiendModel, kept: ParameterSelection) -> GradiendModel:
+    """A GRADIEND over some of another's weights, with its values there.
+
+    Args:
+        gradiend: GRADIEND, dense or sparse; not changed.
+        kept: Weights to keep.
+    """
+    smaller = GradiendModel(with_parameters(gradiend.config, kept)).to(
         gradiend.dtype  # pyright: ignore[reportArgumentType] - transformers' wrapper loses `self`
     )
     smaller.encoder.bias.copy_(gradiend.encoder.bias)
-    positions = kept.positions_in(selection)
+    positions = kept.positions_in(selection_of(gradiend))
     for entry in kept:
         name = entry.name
         at = positions[name]

@@ -1,8 +1,11 @@
 """The two solvers, behind one interface: a number of steps, a state to save, a model at the end."""
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -13,13 +16,14 @@ from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.collation import PreparedText, PreparedTexts, TargetBatch, collate
 from hf_gradiend.errors import NumericalError
 from hf_gradiend.gradients.backward import Consume, GradientStream
-from hf_gradiend.gradients.forward import project_texts
 from hf_gradiend.gradients.objectives import side_scores
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.calibration import fit_plane
 from hf_gradiend.training.means import ClassMeans
+from hf_gradiend.training.setup import with_parameters
+from hf_gradiend.training.sharding import Share, project_shared, shared_stream
 from hf_gradiend.training.texts import ClassBatch, LabelledTexts, batch_at, one_pass
 from hf_gradiend.training.update import AdamWSettings, FusedAdamW
 
@@ -40,9 +44,7 @@ class TrainingProblem:
         neutral: Neutral words, which the closed form's encoder is to read as 0; `None` for none.
         pad_token_id: Token id to pad with.
         args: Training arguments.
-        reduce: Sums a tensor over all processes, in place.
-        rank: Number of this process.
-        world_size: Number of processes.
+        share: This process among the others, and what it keeps of the GRADIEND.
     """
 
     base_model: PreTrainedModel
@@ -52,48 +54,108 @@ class TrainingProblem:
     neutral: PreparedTexts | None
     pad_token_id: int
     args: GradiendTrainingArguments
-    reduce: Callable[[Tensor], Tensor]
-    rank: int = 0
-    world_size: int = 1
+    share: Share = field(default_factory=Share)
 
     @property
     def batch_size(self) -> int:
         """Texts per step over all processes."""
-        return self.args.per_device_train_batch_size * self.world_size
+        return self.args.per_device_train_batch_size * self.share.world_size
+
+    @cached_property
+    def own(self) -> ParameterSelection:
+        """The part of the selection that this process keeps."""
+        return self.share.of(self.selection)
+
+    @cached_property
+    def own_config(self) -> GradiendConfig:
+        """Configuration of the GRADIEND over that part."""
+        return with_parameters(self.config, self.own) if self.share.sharded else self.config
+
+    def stream(
+        self, selection: ParameterSelection | None = None
+    ) -> AbstractContextManager[GradientStream]:
+        """Gradients of the texts of `parts_of` for this process's part of the selection.
+
+        Args:
+            selection: Another selection of the base model's weights.
+        """
+        return shared_stream(
+            self.base_model,
+            selection or self.selection,
+            self.share,
+            checkpointing=self.args.checkpoints_activations,
+        )
 
     def parts_of(self, texts: tuple[PreparedText, ...]) -> Iterator[TargetBatch]:
-        """This process's share of a batch of texts, in parts of similar length."""
-        own = texts[self.rank :: self.world_size]
-        return padded_parts(own, self.pad_token_id, self.base_model.device)
+        """This process's share of a batch of texts, in parts of similar length.
+
+        A sharded GRADIEND needs as many parts of every process: one that has fewer repeats a text
+        with weight 0.
+
+        Yields:
+            Padded batches, the longest texts first.
+        """
+        ranks = range(self.share.world_size)
+        dealt = [parts_by_length(texts[rank :: self.share.world_size]) for rank in ranks]
+        own = dealt[self.share.rank]
+        for part in own:
+            yield collate(part, self.pad_token_id).to(self.base_model.device)
+        silent = max(map(len, dealt)) - len(own) if self.share.sharded else 0
+        for _ in range(silent):
+            batch = collate(texts[:1], self.pad_token_id).to(self.base_model.device)
+            yield replace(batch, term_weights=torch.zeros_like(batch.term_weights))
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum what each process has of its own texts alone, in place; sharded it is summed yet."""
+        return tensor if self.share.sharded else self.share.sum(tensor)
+
+    def project(self, texts: PreparedTexts, direction: Mapping[str, Tensor]) -> Tensor:
+        """Projections of the source gradients of texts on a direction over `own`, `(texts,)`."""
+        projections = project_shared(
+            self.base_model,
+            texts,
+            self.selection,
+            direction,
+            self.share,
+            pad_token_id=self.pad_token_id,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
+        return side_scores(-projections, self.args.source)
+
+
+def parts_by_length(texts: Sequence[PreparedText]) -> list[list[PreparedText]]:
+    """Texts in parts of similar length, each of one forward pass; the longest texts first.
+
+    A part holds at most `TOKENS_PER_PASS` tokens (or one text), so that little is padded and the
+    activations stay small however long the texts are.
+    """
+    left = sorted(texts, key=lambda text: -text.length)
+    parts: list[list[PreparedText]] = []
+    while left:
+        size = max(1, TOKENS_PER_PASS // left[0].length)
+        parts.append(left[:size])
+        left = left[size:]
+    return parts
 
 
 def padded_parts(
     texts: Sequence[PreparedText], pad_token_id: int, device: torch.device
 ) -> Iterator[TargetBatch]:
-    """Texts in parts of similar length, each of one forward pass.
-
-    A part holds at most `TOKENS_PER_PASS` tokens (or one text), so that little is padded and the
-    activations stay small however long the texts are.
+    """The parts of `parts_by_length` as padded batches.
 
     Args:
         texts: Tokenised texts.
         pad_token_id: Token id to pad with.
         device: Where the batches are wanted.
-
-    Yields:
-        Padded batches, the longest texts first.
     """
-    left = sorted(texts, key=lambda text: -text.length)
-    while left:
-        size = max(1, TOKENS_PER_PASS // left[0].length)
-        yield collate(left[:size], pad_token_id).to(device)
-        left = left[size:]
+    return (collate(part, pad_token_id).to(device) for part in parts_by_length(texts))
 
 
 class Solver(Protocol):
     """A way to make GRADIENDs from texts."""
 
     n_steps: int
+    same_everywhere: bool  # whether every process has the same state
 
     def step(self, stream: GradientStream, number: int) -> dict[str, float]:
         """Do one step and return what there is to log."""
@@ -126,8 +188,9 @@ class ClosedFormSolver:
         self.fitted, self.calibration = problem.texts.split(args.calibration_fraction, args.seed)
         self.batches = one_pass(self.fitted, problem.batch_size)
         self.n_steps = len(self.batches)
+        self.same_everywhere = problem.share.world_size == 1  # sums, until the end
         self.means = ClassMeans(
-            problem.selection,
+            problem.own,
             source=args.source,
             target=args.target,
             class_sizes={sign: len(self.fitted.of_sign(sign)) for sign in (+1, -1)},
@@ -138,12 +201,13 @@ class ClosedFormSolver:
     def step(self, stream: GradientStream, number: int) -> dict[str, float]:
         """Add one batch to the class means."""
         batch = self.batches[number]
-        logs: Counter[str] = Counter()
+        sides = (self.problem.args.source, self.problem.args.target)
+        logs = Counter({f"{side}_loss": 0.0 for side in sides})
         for part in self.problem.parts_of(batch.texts):
             found = self.means.add(stream, part, batch.sign)
             weight = part.n_texts / len(batch.texts)
             logs.update({name: weight * loss for name, loss in found.items()})
-        return dict(logs)
+        return self.problem.share.sum_numbers(logs)
 
     def models(self) -> list[GradiendModel]:
         """The GRADIEND of the means, calibrated. Uses the means up: call it once, at the end."""
@@ -152,7 +216,7 @@ class ClosedFormSolver:
         mixture, offset = self._calibrate()
         encoder = (self.means.to_direction(mixture), offset)
         decoder = self.means.to_decoder()
-        return [build_gradiend(self.problem.selection, self.problem.config, encoder, decoder)]
+        return [build_gradiend(self.problem.own, self.problem.own_config, encoder, decoder)]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The running means."""
@@ -168,19 +232,8 @@ class ClosedFormSolver:
 
     def _projected(self, texts: PreparedTexts) -> Tensor:
         """Source projections of texts on both classes' mean source gradients, `(texts, 2)`."""
-        problem = self.problem
-        found = [
-            project_texts(
-                problem.base_model,
-                texts,
-                problem.selection,
-                self.means.source_means[sign],
-                pad_token_id=problem.pad_token_id,
-                batch_size=problem.args.per_device_eval_batch_size,
-            )
-            for sign in (+1, -1)
-        ]
-        return torch.stack([side_scores(-z, problem.args.source) for z in found], dim=1)
+        means = self.means.source_means
+        return torch.stack([self.problem.project(texts, means[sign]) for sign in (+1, -1)], dim=1)
 
 
 class AdamWSolver:
@@ -209,13 +262,21 @@ class AdamWSolver:
             args.adam_beta2,
             args.adam_epsilon,
         )
+        share = problem.share
+        self.same_everywhere = not share.sharded
         self.updates = [
-            FusedAdamW(_started(problem, args.seed + k, start), settings)
+            FusedAdamW(
+                copy.deepcopy(start) if start else random_start(problem, args.seed + k),
+                settings,
+                n_selected=problem.selection.n_selected,
+                # Whole GRADIENDs are the same on all processes: there is nothing to exchange.
+                total=share.sum if share.sharded else lambda tensor: tensor,
+            )
             for k in range(args.n_seeds)
         ]
         sides = tuple(dict.fromkeys((args.source, args.target)))
         self.values = {
-            side: {e.name: torch.zeros(e.values_shape) for e in problem.selection} for side in sides
+            side: {e.name: torch.zeros(e.values_shape) for e in problem.own} for side in sides
         }
 
     def step(self, stream: GradientStream, number: int) -> dict[str, float]:
@@ -253,21 +314,22 @@ class AdamWSolver:
         }
 
     def _fill_values(self, stream: GradientStream, batch: ClassBatch) -> None:
-        entries = {entry.name: entry for entry in self.problem.selection}
+        entries = {entry.name: entry for entry in self.problem.own}
         for held in self.values.values():
             for tensor in held.values():
                 tensor.zero_()
 
-        def adder(side: str) -> Consume:
+        def adder(side: str, weight: float) -> Consume:
             def add(name: str, gradient: Tensor) -> None:
-                self.values[side][name].add_(entries[name].gather(gradient))
+                held = self.values[side][name]
+                held.add_(entries[name].gather(gradient).to(held), alpha=weight)
 
             return add
 
         for part in self.problem.parts_of(batch.texts):
-            losses = stream.losses(part, tuple(self.values))
             weight = part.n_texts / len(batch.texts)
-            stream.backward_each({side: loss * weight for side, loss in losses.items()}, adder)
+            losses = stream.losses(part, tuple(self.values))
+            stream.backward_each(losses, partial(adder, weight=weight))
         for held in self.values.values():
             for tensor in held.values():
                 self.problem.reduce(tensor)
@@ -301,13 +363,28 @@ def build_gradiend(
     return gradiend.eval()
 
 
-def _started(problem: TrainingProblem, seed: int, start: GradiendModel | None) -> GradiendModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        gradiend = GradiendModel(problem.config)
-    if start is not None:
-        gradiend.load_state_dict(start.state_dict())
-    for entry in problem.selection:
-        if entry.indices is not None:
-            gradiend.indices.at(entry.name).copy_(entry.indices)
-    return gradiend
+def random_start(problem: TrainingProblem, seed: int) -> GradiendModel:
+    """This process's share of a random GRADIEND, the same one however it is shared.
+
+    Holds one parameter's numbers more than the share.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bound = problem.selection.n_selected**-0.5
+    own = {entry.name: entry for entry in problem.own}
+
+    def drawn(limit: float) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        for entry in problem.selection:
+            shape = own[entry.name].values_shape
+            if limit:
+                whole = torch.empty(entry.n_selected).uniform_(-limit, limit, generator=generator)
+                values[entry.name] = whole[problem.share.span(entry)].clone().view(shape)
+            else:
+                values[entry.name] = torch.zeros(shape)
+        return values
+
+    limit = bound if problem.config.decoder_initialization == "uniform" else 0.0
+    bias = float(torch.empty(1).uniform_(-bound, bound, generator=generator))
+    return build_gradiend(
+        problem.own, problem.own_config, (drawn(bound), bias), (drawn(limit), drawn(limit))
+    )

@@ -1,23 +1,15 @@
 """`GradiendTrainer`: one loop for both solvers, with transformers' callbacks and arguments."""
 
-import hashlib
-import json
 import logging
-import shutil
-import signal
-import tempfile
-import threading
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -31,19 +23,32 @@ from transformers.trainer_callback import (
 
 from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id_of
 from hf_gradiend.data.collation import PreparedTexts, prepare_texts
-from hf_gradiend.data.loading import classes_of, validate_feature_dataset
 from hf_gradiend.data.neutral import neutral_to_fit
-from hf_gradiend.errors import ConfigError, DataError, NumericalError
+from hf_gradiend.errors import ConfigError, NumericalError
 from hf_gradiend.files import writable_folder, write_json
-from hf_gradiend.gradients.backward import gradient_stream
-from hf_gradiend.gradients.forward import project_texts
-from hf_gradiend.gradients.objectives import side_scores
 from hf_gradiend.metrics import pearson_correlation, sign_accuracy
 from hf_gradiend.modeling_gradiend import GradiendModel
-from hf_gradiend.parameters import select_parameters, selection_of
+from hf_gradiend.parameters import select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
-from hf_gradiend.training.pruning import prune, pruned_gradiend
-from hf_gradiend.training.setup import gradiend_config, words_of_classes
+from hf_gradiend.training.checkpoints import (
+    checkpoints_in,
+    load_solver,
+    remove_leftovers,
+    rotate,
+    run_digest,
+    save_checkpoint,
+    save_shared,
+)
+from hf_gradiend.training.interrupts import interrupts_held_back
+from hf_gradiend.training.pruning import part_of, prune
+from hf_gradiend.training.setup import (
+    classes_to_learn,
+    gradiend_config,
+    two_classes_of,
+    with_parameters,
+    words_of_classes,
+)
+from hf_gradiend.training.sharding import Share, share_of
 from hf_gradiend.training.solvers import (
     AdamWSolver,
     ClosedFormSolver,
@@ -53,6 +58,10 @@ from hf_gradiend.training.solvers import (
 from hf_gradiend.training.texts import LabelledTexts, label_texts
 
 logger = logging.getLogger(__name__)
+
+# What `accelerate launch` sets for several processes; on CPUs it starts one all the same
+# (https://github.com/huggingface/accelerate/issues/2741).
+LAUNCHED_FOR_SEVERAL = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"}
 
 # A seed has converged when its encodings tell the classes apart this well on validation texts.
 CONVERGED_CORRELATION = 0.8
@@ -86,6 +95,10 @@ class GradiendTrainer:
     kept; without evaluation data the last model. Ctrl-C saves a checkpoint and stops; `train(
     resume_from_checkpoint=True)` goes on from there with the same numbers.
 
+    Started by `torchrun` or `accelerate launch`, several processes share each batch: two with 4
+    texts each learn what one learns with 8. Each keeps the whole GRADIEND, or with `shard` its
+    rows; a base model may be sharded with FSDP2's `fully_shard` before it is given.
+
     Args:
         base_model: Masked or causal language model with its head.
         processing_class: Its tokenizer.
@@ -118,8 +131,13 @@ class GradiendTrainer:
         self.processing_class = processing_class
         self.args = args
         self.accelerator = Accelerator(cpu=args.use_cpu)
+        if self.accelerator.num_processes == 1 and os.environ.keys() >= LAUNCHED_FOR_SEVERAL:
+            logger.warning(
+                "accelerate launch was asked for several processes and started one. On CPUs: "
+                "ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 your_script.py"
+            )
         self.base_model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
-        self.classes = self._classes(train_dataset)
+        self.classes = classes_to_learn(train_dataset, args.feature_classes)
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.train_texts = self._labelled(train_dataset).balanced(args.max_train_texts, args.seed)
@@ -132,6 +150,12 @@ class GradiendTrainer:
             neutral_texts, processing_class, objective_of(base_model)
         )
         self.selection = select_parameters(base_model, args.parameters)
+        own = Share(
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            device=self.accelerator.device,
+        )
+        self.share = share_of(base_model, self.selection, own, shard=args.shard)
         self.state = TrainerState()
         self.control = TrainerControl()
         standard = [DefaultFlowCallback, *([] if args.disable_tqdm else [ProgressCallback])]
@@ -140,14 +164,18 @@ class GradiendTrainer:
             [*standard, *reporting, *callbacks], None, processing_class, None, None
         )
         self._model: GradiendModel | None = None
+        self._saved_to: Path | None = None  # where a sharded one is
+        self._run = ""  # what a checkpoint must agree with
 
     @property
     def model(self) -> GradiendModel:
-        """The trained GRADIEND.
+        """The trained GRADIEND; a sharded one is loaded whole from `output_dir` when asked for.
 
         Raises:
             ConfigError: Before `train` was called.
         """
+        if self._model is None and self._saved_to is not None:
+            self._model = GradiendModel.from_pretrained(self._saved_to)
         if self._model is None:
             raise ConfigError("Expected a trained GRADIEND, but train() has not been called yet.")
         return self._model
@@ -172,6 +200,9 @@ class GradiendTrainer:
         resume = resume_from_checkpoint or args.resume_from_checkpoint
         set_seed(args.seed)
         folder = writable_folder(self.args.output_dir or "gradiend")
+        if self.accelerator.is_main_process:
+            remove_leftovers(folder)
+        self.share.barrier()
         self._prune()
         problem = self._problem()
         start = self._warm_start(problem) if args.warm_start else None
@@ -180,30 +211,20 @@ class GradiendTrainer:
             if args.solver == "closed_form"
             else AdamWSolver(problem, start)
         )
-        self.state = TrainerState(
-            max_steps=solver.n_steps,
-            num_train_epochs=1,
-            is_local_process_zero=self.accelerator.is_local_main_process,
-            is_world_process_zero=self.accelerator.is_main_process,
-        )
-        self.state.compute_steps(args, solver.n_steps)  # numbers below 1 are shares of all steps
+        self._run = run_digest(problem, self.classes)
+        self._begin(TrainerState(num_train_epochs=1), solver)
         if resume:
-            self._resume(solver, self._checkpoint_to_resume(folder, wanted=resume))
-        self._loop(solver, folder)
+            self._resume(solver, folder, wanted=resume)
+        self._loop(solver, problem, folder)
         best_step = self._load_best(solver)
         models = solver.models()
         correlations = [self._correlation(model) for model in models]
-        self._model = self._chosen(models, correlations)
-        if args.top_k is not None:
-            self._model = pruned_gradiend(self._model, args.top_k)
-        if self.accelerator.is_main_process:
-            self._model.save_pretrained(folder)
-            write_json(folder / "trainer_state.json", {"log_history": self.state.log_history})
+        n_selected = self._finish(self._chosen(models, correlations), problem, folder)
         self.control = self.callbacks.on_train_end(args, self.state, self.control)
         return TrainingResult(
             global_step=self.state.global_step,
             seconds=time.perf_counter() - started,
-            n_selected=self._model.config.n_selected,
+            n_selected=n_selected,
             convergence=[
                 {
                     "seed": args.seed + k,
@@ -217,17 +238,42 @@ class GradiendTrainer:
             history=list(self.state.log_history),
         )
 
-    def _loop(self, solver: Solver, folder: Path) -> None:
+    def _begin(self, state: TrainerState, solver: Solver) -> None:
+        """Take over a state, new or of a checkpoint, which was written by the main process."""
+        state.max_steps = solver.n_steps  # which may be more than the first run's
+        state.is_local_process_zero = self.accelerator.is_local_main_process
+        state.is_world_process_zero = self.accelerator.is_main_process
+        state.compute_steps(self.args, solver.n_steps)  # numbers below 1 are shares of all steps
+        self.state = state
+
+    def _finish(self, own: GradiendModel, problem: TrainingProblem, folder: Path) -> int:
+        """Write the GRADIEND, and return its number of weights."""
+        if self.args.top_k is not None:
+            scores = {name: own.decoder.weight.at(name).norm(dim=0) for name in own.names}
+            scores = self.share.whole_values(problem.selection, scores)
+            kept = problem.selection.top_k(scores, fraction=self.args.top_k)
+            problem = replace(problem, selection=kept, config=with_parameters(problem.config, kept))
+            own = part_of(own, problem.own)
+        if self.share.sharded:
+            self._model, self._saved_to = None, folder
+            save_shared(own, problem, folder)
+        else:
+            self._model = own
+        if self.accelerator.is_main_process:
+            if not self.share.sharded:
+                own.save_pretrained(folder)
+            write_json(folder / "trainer_state.json", {"log_history": self.state.log_history})
+        self.share.barrier()
+        return problem.selection.n_selected
+
+    def _loop(self, solver: Solver, problem: TrainingProblem, folder: Path) -> None:
         args = self.args
         self.control = self.callbacks.on_train_begin(args, self.state, self.control)
-        selection = self.selection
         whole = True  # whether the solver's state is that of a number of whole steps
         try:
             with (
-                gradient_stream(
-                    self.base_model, selection, checkpointing=args.checkpoints_activations
-                ) as stream,
-                _interrupts_held_back() as interrupt_now,
+                problem.stream() as stream,
+                interrupts_held_back(self.share) as interrupt_now,
             ):
                 for number in range(self.state.global_step, solver.n_steps):
                     self.control = self.callbacks.on_step_begin(args, self.state, self.control)
@@ -259,11 +305,9 @@ class GradiendTrainer:
         # Transformers saves at the last step; the closed form has nothing left to resume there.
         spent = self.args.solver == "closed_form" and self.state.global_step >= solver.n_steps
         if is_best or (self.control.should_save and not spent):
-            path = self._save_checkpoint(solver, folder)
             if is_best:
-                self.state.best_model_checkpoint = str(path)
-                self.state.save_to_json(str(path / "trainer_state.json"))
-            self._rotate(folder)
+                self.state.best_model_checkpoint = str(self._checkpoint(folder))
+            self._save_checkpoint(solver, folder)
 
     def _evaluate(self, solver: Solver) -> bool:
         """Validation correlation of every seed; whether it is the best so far."""
@@ -297,16 +341,11 @@ class GradiendTrainer:
         return pearson_correlation(encodings, torch.tensor(self.eval_texts.signs))
 
     def _encode(self, gradiend: GradiendModel, labelled: LabelledTexts) -> Tensor:
-        projections = project_texts(
-            self.base_model,
+        projections = self._problem().project(
             labelled.prepared(),
-            selection_of(gradiend),
             {name: gradiend.encoder.weight.at(name)[0] for name in gradiend.names},
-            pad_token_id=self._pad_token_id,
-            batch_size=self.args.per_device_eval_batch_size,
         )
-        source = side_scores(-projections, self.args.source)
-        return torch.tanh(source + gradiend.encoder.bias.detach().float().cpu()[0])
+        return torch.tanh(projections + gradiend.encoder.bias.detach().float().cpu()[0])
 
     def _chosen(
         self, models: Sequence[GradiendModel], correlations: Sequence[float | None]
@@ -324,7 +363,8 @@ class GradiendTrainer:
             signed = sign_accuracy(read, torch.tensor(texts.signs)) - 0.5
         if signed < 0:
             model.flip_()
-        if not all(bool(torch.isfinite(p.detach().sum())) for p in model.parameters()):
+        finite = all(bool(torch.isfinite(p.detach().sum())) for p in model.parameters())
+        if self.share.any(here=not finite):
             raise NumericalError(
                 "Expected finite GRADIEND weights after training, but some are NaN or infinite. "
                 "Lower learning_rate, or load the base model in float32."
@@ -337,33 +377,8 @@ class GradiendTrainer:
     def _pad_token_id(self) -> int:
         return pad_token_id_of(self.processing_class)
 
-    def _classes(self, dataset: Dataset) -> list[str]:
-        present = self._two_classes(dataset)
-        if set(dataset["factual_class"]) != {*present}:
-            raise DataError(
-                f"Expected training texts of both classes {present}, but all have the factual "
-                f"class {sorted(set(dataset['factual_class']))}."
-            )
-        wanted = self.args.feature_classes
-        if wanted is not None and sorted(wanted) != present:
-            raise ConfigError(
-                f"Expected feature_classes to name the data set's classes {present}, but got "
-                f"{wanted}."
-            )
-        return list(wanted) if wanted else present
-
-    def _two_classes(self, dataset: Dataset) -> list[str]:
-        validate_feature_dataset(dataset)
-        present = classes_of([dataset])
-        if len(present) != 2:
-            raise DataError(
-                f"Expected texts of two classes, but got {present}. Choose two, for instance with "
-                f"load_feature_dataset(…, classes=({present[0]!r}, {present[1]!r}))."
-            )
-        return present
-
     def _labelled(self, dataset: Dataset) -> LabelledTexts:
-        self._two_classes(dataset)
+        two_classes_of(dataset)
         texts: PreparedTexts = prepare_texts(
             dataset,
             self.processing_class,
@@ -379,17 +394,13 @@ class GradiendTrainer:
         self.selection = select_parameters(self.base_model, self.args.parameters)
         texts = self.train_texts.balanced(self.args.prune_texts, self.args.seed)
         self.selection = prune(
-            self._problem(texts), self.args.prune_fraction, progress=not self.args.disable_tqdm
+            self._problem(texts), self.args.prune_fraction, progress=self._shows_progress
         )
 
     def _warm_start(self, problem: TrainingProblem) -> GradiendModel:
         texts = self.train_texts.balanced(self.args.prune_texts, self.args.seed)
         solver = ClosedFormSolver(self._problem(texts))
-        with gradient_stream(
-            self.base_model,
-            problem.selection,
-            checkpointing=self.args.checkpoints_activations,
-        ) as stream:
+        with problem.stream() as stream:
             for number in range(solver.n_steps):
                 solver.step(stream, number)
         return solver.models()[0]
@@ -409,142 +420,37 @@ class GradiendTrainer:
             neutral=self.neutral_texts,
             pad_token_id=self._pad_token_id,
             args=self.args,
-            reduce=self._sum_over_processes,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            share=self.share,
         )
 
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
+    @property
+    def _shows_progress(self) -> bool:
+        return self.accelerator.is_main_process and not self.args.disable_tqdm
 
     # ---- files ----------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, solver: Solver, folder: Path) -> Path:
-        path = folder / f"checkpoint-{self.state.global_step}"
-        if not self.accelerator.is_main_process:
-            return path
-        with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder) as temporary:
-            written = Path(temporary) / "checkpoint"
-            written.mkdir()
-            tensors = {name: t.contiguous() for name, t in solver.state_tensors().items()}
-            save_file(tensors, written / "solver.safetensors", {"run": self._run_digest()})
-            self.state.save_to_json(str(written / "trainer_state.json"))
-            if path.exists():
-                shutil.rmtree(path)
-            written.replace(path)
-        self.control = self.callbacks.on_save(self.args, self.state, self.control)
-        return path
+    def _checkpoint(self, folder: Path) -> Path:
+        return folder / f"checkpoint-{self.state.global_step}"
 
-    def _rotate(self, folder: Path) -> None:
-        limit = self.args.save_total_limit
-        if limit is None or not self.accelerator.is_main_process:
-            return
-        checkpoints = _checkpoints(folder)
-        kept = {checkpoints[-1], Path(self.state.best_model_checkpoint or checkpoints[-1])}
-        for old in checkpoints[: max(0, len(checkpoints) - limit)]:
-            if old not in kept:
-                shutil.rmtree(old)
+    def _save_checkpoint(self, solver: Solver, folder: Path) -> None:
+        save_checkpoint(self._checkpoint(folder), solver, self.state, self._run, self.share)
+        if self.args.save_total_limit is not None and self.accelerator.is_main_process:
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.control = self.callbacks.on_save(self.args, self.state, self.control)
 
     def _load_best(self, solver: Solver) -> int | None:
         best = self.state.best_model_checkpoint
-        if best is None or self.state.best_global_step == self.state.global_step:
-            return self.state.best_global_step if best else None
-        _load_tensors(solver, Path(best) / "solver.safetensors")
-        return self.state.best_global_step
+        if best is not None and self.state.best_global_step != self.state.global_step:
+            load_solver(Path(best), solver, self.share)
+        return self.state.best_global_step if best else None
 
-    def _checkpoint_to_resume(self, folder: Path, *, wanted: bool | str) -> Path:
+    def _resume(self, solver: Solver, folder: Path, *, wanted: bool | str) -> None:
         if isinstance(wanted, str):
             path = Path(wanted)
         else:
-            path = [folder / "checkpoint-*", *_checkpoints(folder)][-1]
-        if not (path / "solver.safetensors").is_file():
-            raise ConfigError(
-                f"Expected a checkpoint to resume from, but there is none at {str(path)!r}. Train "
-                f"without resume_from_checkpoint."
-            )
-        return path
-
-    def _resume(self, solver: Solver, path: Path) -> None:
-        with safe_open(path / "solver.safetensors", framework="pt") as file:
-            made_with = (file.metadata() or {}).get("run")
-        if made_with != self._run_digest():
-            raise ConfigError(
-                f"Expected a checkpoint of this run, but {str(path)!r} was made with other "
-                f"arguments, data or weights. Use the same ones, or train without "
-                f"resume_from_checkpoint."
-            )
-        _load_tensors(solver, path / "solver.safetensors")
-        self.state = TrainerState.load_from_json(str(path / "trainer_state.json"))
-        self.state.max_steps = solver.n_steps  # which may be more than the first run's
-        self.state.compute_steps(self.args, solver.n_steps)
-
-    def _run_digest(self) -> str:
-        """What two runs must share for one to go on from the other's checkpoint."""
-        names = (
-            "solver", "source", "target", "learning_rate", "weight_decay", "adam_beta1",
-            "adam_beta2", "adam_epsilon", "seed", "n_seeds", "decoder_initialization", "warm_start",
-            "calibration_fraction",
-        )  # fmt: skip
-        content = {name: getattr(self.args, name) for name in names}
-        content["batch_size"] = (
-            self.args.per_device_train_batch_size * self.accelerator.num_processes
-        )
-        content["selection"] = self.selection.fingerprint
-        content["classes"] = self.classes
-        texts = repr((self.train_texts.texts, self.train_texts.signs))
-        content["train_texts"] = hashlib.sha256(texts.encode()).hexdigest()
-        neutral = repr(self.neutral_texts and self.neutral_texts.texts)
-        content["neutral_texts"] = hashlib.sha256(neutral.encode()).hexdigest()
-        return json.dumps(content, sort_keys=True)
-
-
-def _load_tensors(solver: Solver, path: Path) -> None:
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        for name, tensor in solver.state_tensors().items():
-            tensor.copy_(file.get_tensor(name))
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in the order in which they were written; some may be of an earlier run."""
-    files = folder.glob("checkpoint-*/solver.safetensors")
-    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[Callable[[], None]]:
-    """Ctrl-C waits until the function that this yields is called; a second one does not wait.
-
-    A step that is cut in half leaves weights that no number of steps gives, and nothing to go on
-    from.
-
-    Yields:
-        A function that raises the Ctrl-C that was held back, if there was one.
-    """
-    held: list[int] = []
-
-    def hold(number: int, _frame: object) -> None:
-        held.append(number)
-        if len(held) > 1:
-            raise KeyboardInterrupt
-
-    def interrupt_now() -> None:
-        if held:
-            raise KeyboardInterrupt
-
-    # Python hands signals to the main thread alone, and a handler of somebody else's stays his.
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield interrupt_now
-        return
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield interrupt_now
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            path = [folder / "checkpoint-*", *checkpoints_in(folder)][-1]
+        load_solver(path, solver, self.share, self._run)
+        self._begin(TrainerState.load_from_json(str(path / "trainer_state.json")), solver)
 
 
 def training_summary(result: TrainingResult) -> dict[str, object]:

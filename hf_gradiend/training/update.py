@@ -5,7 +5,7 @@ With r = dec(h) − t and c = 2/n the loss ‖r‖²/n has the gradients ∂b_d 
 block, so that each block is read from memory once and its gradient never leaves the cache.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +42,25 @@ class FusedAdamW:
     """AdamW on a one-feature GRADIEND, fused with the gradient of its loss.
 
     Args:
-        gradiend: GRADIEND with one feature, in float32; updated in place.
+        gradiend: GRADIEND with one feature, in float32; updated in place. It may be one process's
+            share of a larger one: then three numbers per step are all that processes exchange.
         settings: Settings of AdamW.
+        n_selected: Number of weights of the whole GRADIEND; `None` for this one's.
+        total: Sums a tensor over the processes that keep the shares, in place.
     """
 
-    def __init__(self, gradiend: GradiendModel, settings: AdamWSettings) -> None:
+    def __init__(
+        self,
+        gradiend: GradiendModel,
+        settings: AdamWSettings,
+        *,
+        n_selected: int | None = None,
+        total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
         self.gradiend = gradiend
         self.settings = settings
+        self.n_selected = n_selected or gradiend.config.n_selected
+        self.total = total
         self.steps = torch.zeros((), dtype=torch.float32)
         self.moments = {
             f"{order}.{name}": torch.zeros_like(parameter)
@@ -69,19 +81,21 @@ class FusedAdamW:
         Returns:
             The loss before the step (mean over n) and the encoding h.
         """
-        n = self.gradiend.config.n_selected
+        n = self.n_selected
         bias = self.gradiend.encoder.bias
         projection = torch.zeros((), dtype=torch.float64)
         for name, start, stop in self._blocks():
             weight = self.gradiend.encoder.weight.at(name).view(-1)[start:stop]
             projection += torch.dot(weight, source[name].view(-1)[start:stop]).cpu()
-        h = float(torch.tanh(projection + bias.item()))
+        h = float(torch.tanh(self.total(projection) + bias.item()))
 
         squared, along = 0.0, 0.0
         for name, start, stop in self._blocks():
             residual, weight = self._residual(name, start, stop, h, target)
             squared += float(torch.dot(residual, residual))
             along += float(torch.dot(residual, weight))
+        sums = torch.tensor([squared, along], dtype=torch.float64)
+        squared, along = self.total(sums).tolist()
 
         scale = 2.0 / n
         encoder_scale = scale * along * (1.0 - h * h)

@@ -70,8 +70,8 @@ def run(place):
 def trained(run, place):
     """What train.py printed under `accelerate launch`, and the folder that it wrote."""
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    out, _ = run(*launch, TRAIN, "--config", "config.yaml", "--max_train_texts", "48")
-    return SimpleNamespace(out=out, folder=place / "gradiend")
+    out, err = run(*launch, TRAIN, "--config", "config.yaml", "--max_train_texts", "48")
+    return SimpleNamespace(out=out, err=err, folder=place / "gradiend")
 
 
 @pytest.fixture(scope="module")
@@ -158,19 +158,20 @@ def test_train_takes_options_from_the_file_and_the_command_line_has_the_last_wor
 
 def test_train_says_that_accelerate_launch_made_one_process_of_two(trained):
     assert "Processes: 1" in trained.out
-    assert "asked for several and started one" in trained.out
-    assert "torchrun --standalone --nproc-per-node 2" in trained.out
+    said = [line for line in trained.err.splitlines() if "asked for several" in line]
+    assert len(said) == 1
+    assert "torchrun --standalone --nproc-per-node 2" in said[0]
 
 
 @pytest.mark.slow
 def test_train_on_two_processes_learns_the_same_and_writes_once(run, trained, place):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     options = ("--config", "config.yaml", "--max_train_texts", "48", "--output_dir", "two")
-    out, _ = run(*launch, TRAIN, *options, ACCELERATE_USE_CPU="true")
+    out, err = run(*launch, TRAIN, *options, ACCELERATE_USE_CPU="true")
     one, two = report_of(trained.folder), report_of(place / "two")
 
     assert out.count("Processes: 2") == out.count("Wrote two") == 1
-    assert "started one" not in out  # two were asked for, and two came
+    assert "started one" not in err  # two were asked for, and two came
     for split, found in one["encoder"]["splits"].items():
         again = two["encoder"]["splits"][split]["correlation"]["value"]
         assert again == pytest.approx(found["correlation"]["value"], abs=1e-3)
@@ -221,9 +222,10 @@ def test_train_pushes_where_asked_to(place, hub, monkeypatch, tmp_path, capsys):
     pushed = hub.commits["org/name"]
     assert pushed["private"] is True
     assert pushed["files"] >= {"README.md", "config.json", "model.safetensors", "report.json"}
-    out = capsys.readouterr().out
-    assert "Pushed to https://hub/org/name" in out
-    assert "started one" not in out  # the control: without accelerate launch there is no warning
+    streams = capsys.readouterr()
+    assert "Pushed to https://hub/org/name" in streams.out
+    # The control: without accelerate launch there is no warning.
+    assert "started one" not in streams.err
 
 
 # ---- debias_and_push.py -------------------------------------------------------------------------

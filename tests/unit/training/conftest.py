@@ -56,7 +56,6 @@ def problem_of(arguments) -> Callable[..., TrainingProblem]:
             neutral=neutral_to_fit(None, planted.tokenizer, objective_of(planted.model)),
             pad_token_id=planted.tokenizer.pad_token_id,
             args=args,
-            reduce=lambda tensor: tensor,
         )
 
     return problem_of

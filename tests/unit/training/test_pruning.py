@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import weakref
 
@@ -11,6 +10,7 @@ from hf_gradiend.gradients.backward import gradients
 from hf_gradiend.parameters import ParameterSelection, select_parameters, selection_of
 from hf_gradiend.training import pruning as pruning_module
 from hf_gradiend.training.pruning import prune, pruned_gradiend, pruning_groups
+from hf_gradiend.training.sharding import Share
 
 
 @pytest.fixture
@@ -136,9 +136,10 @@ def test_processes_add_up_their_sums_before_they_choose(planted_gpt2, problem_of
     whole = problem_of(planted_gpt2, [0, 9, 18, 48, 57, 66])
     sums: list[list[torch.Tensor]] = []
 
-    def of_rank(rank, reduce):
-        args = copy.copy(whole.args)
-        return dataclasses.replace(whole, args=args, reduce=reduce, rank=rank, world_size=2)
+    def of_rank(rank, add):
+        share = Share(rank, 2)
+        object.__setattr__(share, "sum", add)
+        return dataclasses.replace(whole, share=share)
 
     def note(tensor):
         sums.append(tensor.clone())

@@ -11,6 +11,7 @@ from hf_gradiend.metrics import pearson_correlation
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training import solvers
 from hf_gradiend.training.calibration import fit_scale
+from hf_gradiend.training.sharding import Share
 from hf_gradiend.training.solvers import AdamWSolver, ClosedFormSolver
 from hf_gradiend.training.texts import batch_at
 
@@ -204,6 +205,13 @@ def test_starting_does_not_touch_the_global_generator(planted_bert, problem_of):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+class Apart(Share):
+    """A process that adds nothing of the others'."""
+
+    def sum(self, tensor):
+        return tensor
+
+
 def test_the_solvers_share_of_two_processes_adds_up_to_that_of_one(planted, problem_of):
     # Two ranks in one process: each adds its part of every batch, and the sums are added.
     whole = problem_of(planted)
@@ -213,9 +221,7 @@ def test_the_solvers_share_of_two_processes_adds_up_to_that_of_one(planted, prob
 
     total: dict[str, torch.Tensor] = {}
     for rank in (0, 1):
-        part = problem_of(planted, per_device_train_batch_size=8)
-        object.__setattr__(part, "rank", rank)
-        object.__setattr__(part, "world_size", 2)
+        part = replace(problem_of(planted, per_device_train_batch_size=8), share=Apart(rank, 2))
         solver = ClosedFormSolver(part)
         run(part, solver)
         for name, tensor in solver.state_tensors().items():

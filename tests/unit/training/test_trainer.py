@@ -180,7 +180,7 @@ def test_a_seed_that_comes_out_reversed_is_turned_round(planted_gpt2, trainer_of
         signs = [log["signed_encoding"] for log in result.history if "signed_encoding" in log]
         return sum(signs) / len(signs), held_out_correlation(planted_gpt2, trainer.model)
 
-    in_training, after = zip(*(run(seed) for seed in (0, 1)), strict=True)
+    in_training, after = zip(*(run(seed) for seed in (2, 3)), strict=True)
 
     assert min(in_training) < 0 < max(in_training)  # the control: one of them is reversed
     assert min(after) > 0.9
@@ -548,6 +548,7 @@ def test_a_finished_run_can_be_made_longer(planted_bert, trainer_of, tmp_path):
         {"max_train_texts": 40},
         {"max_length": 8},
         {"train": "validation"},
+        {"base": "one bit"},
         {"solver": "closed_form"},
     ],
     ids=lambda change: next(iter(change)),
@@ -564,6 +565,11 @@ def test_resuming_with_other_arguments_or_data_is_refused_in_one_line(
         rows = planted_bert.data["train"].to_list()
         rows[3] = {**rows[3], "text": rows[3]["text"].replace("late", "tired")}
         changed["train"] = Dataset.from_list(rows)
+
+    if changed.pop("base", None):
+        weight = next(planted_bert.model.parameters())
+        with torch.no_grad():
+            weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
 
     with pytest.raises(ConfigError, match="made with other arguments, data or weights") as caught:
         trainer_of(planted_bert, **changed).train(resume_from_checkpoint=True)
