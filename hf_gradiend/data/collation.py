@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 SLOT = "[TARGET]"
 DEFAULT_MAX_LENGTH = 256
+# 32 texts of 128 tokens: longer texts would make a large model's activations several GB.
+TOKENS_OF_A_BATCH = 4096
 
 Rows = Iterable[Mapping[str, str]] | Dataset
 
@@ -262,8 +264,8 @@ def batches_by_length(
 ) -> Iterator[tuple[PreparedText, ...]]:
     """Batches of texts of similar length, longest first, so that memory peaks early.
 
-    A batch ends early, once it holds eight texts, where the next text would be padded by more than
-    a third of its length.
+    A batch ends early where the next text would bring it beyond `TOKENS_OF_A_BATCH`, or, once it
+    holds eight texts, where the next text would be padded by more than a third of its length.
 
     Args:
         texts: Tokenised texts.
@@ -274,8 +276,10 @@ def batches_by_length(
     """
     batch: list[PreparedText] = []
     for text in sorted(texts, key=lambda text: -text.length):
-        dissimilar = len(batch) >= 8 and 4 * text.length < 3 * batch[0].length
-        if len(batch) == batch_size or dissimilar:
+        longest = batch[0].length if batch else 0
+        dissimilar = len(batch) >= 8 and 4 * text.length < 3 * longest
+        full = len(batch) == batch_size or (len(batch) + 1) * longest > TOKENS_OF_A_BATCH
+        if batch and (full or dissimilar):
             yield tuple(batch)
             batch = []
         batch.append(text)

@@ -131,7 +131,7 @@ def run_digest(problem: TrainingProblem, classes: list[str]) -> str:
     names = (
         "solver", "source", "target", "learning_rate", "weight_decay", "adam_beta1",
         "adam_beta2", "adam_epsilon", "seed", "n_seeds", "decoder_initialization", "warm_start",
-        "calibration_fraction",
+        "calibration_fraction", "accumulator_dtype",
     )  # fmt: skip
     content = {name: getattr(problem.args, name) for name in names}
     content["batch_size"] = problem.batch_size
