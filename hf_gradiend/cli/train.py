@@ -1,9 +1,16 @@
 """Learn a feature of a base model from a data set, and report what the encoder reads."""
 
 import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from hf_gradiend.base_models import load_base_model
+import torch
+from datasets import DatasetDict
+from transformers import TrainingArguments
+
+from hf_gradiend.base_models import load_base_model, objective_of
 from hf_gradiend.cli.common import (
     encoder_table,
     feature_data,
@@ -12,15 +19,28 @@ from hf_gradiend.cli.common import (
     peak_rss_bytes,
     short_splits,
     split_of,
+    table,
 )
 from hf_gradiend.cli.contrasts import learn_contrasts
+from hf_gradiend.data.collation import Rows, prepare_texts
 from hf_gradiend.data.loading import load_neutral_texts
+from hf_gradiend.data.neutral import neutral_readings
 from hf_gradiend.data.spec_files import package_specs
-from hf_gradiend.evaluation.report import build_report, read_encoder
+from hf_gradiend.data.templates import build_neutral_texts, transfer_pairs
+from hf_gradiend.errors import ConfigError
+from hf_gradiend.evaluation.report import GENDER_WORDS, build_report, read_encoder
 from hf_gradiend.files import writable_folder, write_json
 from hf_gradiend.training.arguments import GradiendTrainingArguments
+from hf_gradiend.training.estimate import TrainingEstimate, estimate_training
+from hf_gradiend.training.setup import words_of_classes
 from hf_gradiend.training.trainer import GradiendTrainer, training_summary
 
+# The name that transformers 5.23 gives it; the older one warns there.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(TrainingArguments, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
 # Options that go to GradiendTrainingArguments under another or the same name, where given.
 _ARGUMENTS = {
     "solver": "solver", "parameters": "parameters", "source": "source", "target": "target",
@@ -29,7 +49,8 @@ _ARGUMENTS = {
     "num_train_epochs": "num_train_epochs", "learning_rate": "learning_rate",
     "batch_size": "per_device_train_batch_size", "eval_steps": "eval_steps",
     "save_steps": "save_steps", "feature_classes": "feature_classes", "max_length": "max_length",
-    "seed": "seed",
+    "seed": "seed", "gradient_checkpointing": _CHECKPOINTING,
+    "accumulator_dtype": "accumulator_dtype",
 }  # fmt: skip
 
 
@@ -65,12 +86,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warm_start", action="store_true", help="start adamw from the closed form"
     )
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true",
+        help="compute each layer again in the backward pass: less memory, more time",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+        help="type of the base model's weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--accumulator_dtype", choices=["float32", "bfloat16"],
+        help="type of the closed form's sums; bfloat16 suits hundreds of texts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--estimate", action="store_true",
+        help="print what the training will take in memory and time, from short runs; train nothing",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    """Train, evaluate on the validation and test splits, write the GRADIEND and report.json."""
-    folder = writable_folder(args.output_dir)
+    """Train, evaluate on the validation and test splits, write the GRADIEND and report.json.
+
+    Raises:
+        ConfigError: If an estimate is asked for of several contrasts.
+    """
+    if args.estimate and args.contrasts is not None:
+        raise ConfigError("Expected --estimate without --contrasts, which it does not cover.")
+    folder = Path(args.output_dir) if args.estimate else writable_folder(args.output_dir)
     given = {
         theirs: getattr(args, ours)
         for ours, theirs in _ARGUMENTS.items()
@@ -81,7 +124,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     neutral = None if args.neutral is None else load_neutral_texts(args.neutral)
     # Half of the neutral texts to fit on, half to report on.
     fitted_on, unseen = (None, None) if neutral is None else (neutral[1::2], neutral[::2])
-    base_model, tokenizer = load_base_model(args.base_model, gguf_file=args.gguf_file)
+    base_model, tokenizer = load_base_model(
+        args.base_model, gguf_file=args.gguf_file, dtype=getattr(torch, args.dtype)
+    )
     if args.contrasts is not None:
         return learn_contrasts(args, arguments, data, base_model, tokenizer, neutral)
     trainer = GradiendTrainer(
@@ -92,11 +137,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         eval_dataset=data.get("validation"),
         neutral_texts=fitted_on,
     )
+    if args.estimate:
+        return _estimated(trainer, data, unseen, quiet=args.json)
     trained = trainer.train(resume_from_checkpoint=args.resume or None)
-    splits = held_out(data)
+    splits, started = held_out(data), time.perf_counter()
     encoder = read_encoder(
         trainer.model, base_model, tokenizer, splits, neutral_texts=unseen, progress=not args.json
     )
+    report_seconds = time.perf_counter() - started
     report = build_report(
         trainer.model,
         encoder=encoder,
@@ -118,6 +166,49 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "neutral_mean_absolute": encoder.neutral.value,
         "convergence": trained.convergence,
         "seconds": trained.seconds,
+        "report_seconds": report_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "files": sorted(str(file) for file in Path(folder).iterdir()),
     }
+
+
+def _estimated(
+    trainer: GradiendTrainer, data: DatasetDict, unseen: Sequence[str] | None, *, quiet: bool
+) -> dict[str, object]:
+    """Estimate the training and its report, print a table, and return what `--json` prints."""
+    rows: list[Rows] = list(held_out(data).values())
+    rows.append(neutral_readings(unseen or list(build_neutral_texts()["test"]["text"])))
+    if sorted(words_of_classes(trainer.train_dataset).values()) == sorted(GENDER_WORDS):
+        rows.append(transfer_pairs())
+    tokenizer, objective = trainer.processing_class, objective_of(trainer.base_model)
+    found = estimate_training(trainer, [prepare_texts(r, tokenizer, objective) for r in rows])
+    if not quiet:
+        print(_plan(found))
+    return {
+        "n_selected": found.n_selected,
+        "base_model_bytes": found.base_model_bytes,
+        "program_bytes": found.program_bytes,
+        "phases": [asdict(phase) for phase in found.phases],
+        "peak_bytes": found.peak_bytes,
+        "seconds": found.seconds,
+    }
+
+
+def _plan(found: TrainingEstimate) -> str:
+    """A training's phases as a table, GiB and seconds."""
+
+    def in_gib(n_bytes: int) -> str:
+        return f"{n_bytes / 2**30:.2f}"
+
+    always = found.base_model_bytes + found.program_bytes
+    lines = [["phase", "seconds", "held GiB", "working GiB", "in all GiB"]]
+    for phase in found.phases:
+        total = always + phase.held_bytes + phase.working_bytes
+        sizes = (phase.held_bytes, phase.working_bytes, total)
+        lines.append([phase.name, f"{phase.seconds:.0f}", *map(in_gib, sizes)])
+    return (
+        f"{table(lines)}\n"
+        f"{found.n_selected:,} weights. In each phase: base model "
+        f"{in_gib(found.base_model_bytes)} GiB, program {in_gib(found.program_bytes)} GiB.\n"
+        f"Peak {in_gib(found.peak_bytes)} GiB, {found.seconds:.0f} s. Nothing was trained."
+    )

@@ -150,13 +150,23 @@ def tangent_groups(
         direction: Selected values per name, of shape `values_shape`.
     """
     parameters = selection.parameters(model)
+    return selection.groups(
+        lambda entry: tangent_bytes(entry, parameters[entry.name], direction[entry.name]),
+        TANGENT_BYTES,
+    )
 
-    def cost(entry: SelectedParameter) -> int:
-        own, values = parameters[entry.name], direction[entry.name]
-        alike = (own.dtype, own.device) == (values.dtype, values.device)
-        return 0 if alike and entry.indices is None else entry.n_entries * own.element_size()
 
-    return selection.groups(cost, TANGENT_BYTES)
+def tangent_bytes(entry: SelectedParameter, parameter: Tensor, values: Tensor) -> int:
+    """Size of the tangent that `tangents_of` makes of a direction's values; 0 for a view of them.
+
+    Args:
+        entry: Which weights of the parameter are selected.
+        parameter: The base model's parameter.
+        values: The direction's values, or a tensor of their type and device.
+    """
+    alike = (parameter.dtype, parameter.device) == (values.dtype, values.device)
+    dense = entry.indices is None
+    return 0 if alike and dense else entry.n_entries * parameter.element_size()
 
 
 def project_texts(

@@ -25,6 +25,7 @@ _OF_ADAMW = (
     "n_seeds", "warm_start", "max_steps", "num_train_epochs", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "decoder_initialization",
 )  # fmt: skip
+_OF_CLOSED_FORM = ("calibration_fraction", "accumulator_dtype", "accumulator_device")
 
 
 @dataclass
@@ -50,6 +51,11 @@ class GradiendTrainingArguments(TrainingArguments):
         top_k: Share of the weights to keep after training, by the decoder's weight; `None` for all.
         calibration_fraction: Share of the training texts on which the closed form fits the scale of
             the encoder rather than its direction, in (0, 1).
+        accumulator_dtype: Type of the closed form's sums: `"float32"` or `"bfloat16"`, which takes
+            half the memory and rounds at every pass, so that it suits hundreds of texts, not
+            thousands.
+        accumulator_device: Where these sums are: `"cpu"`, or `"base_model"` for its device, which
+            spares the gradients' way from a GPU.
         n_seeds: Number of random starts of `adamw`, trained side by side on the same gradients; the
             best by validation correlation is kept.
         warm_start: Start `adamw` from the closed form of its first `prune_texts` texts.
@@ -89,6 +95,8 @@ class GradiendTrainingArguments(TrainingArguments):
     prune_texts: int = 128
     top_k: float | None = None
     calibration_fraction: float = 0.25
+    accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
+    accumulator_device: Literal["cpu", "base_model"] = "cpu"
     n_seeds: int = 1
     warm_start: bool = False
     decoder_initialization: str = "zeros"
@@ -128,6 +136,8 @@ class GradiendTrainingArguments(TrainingArguments):
             ("source", SIDES),
             ("target", SIDES),
             ("decoder_initialization", ("zeros", "uniform")),
+            ("accumulator_dtype", ("float32", "bfloat16")),
+            ("accumulator_device", ("cpu", "base_model")),
             ("lr_scheduler_type", ("constant",)),
             # Steps are what this trainer counts; it has no epoch to end.
             ("logging_strategy", ("no", "steps")),
@@ -175,7 +185,7 @@ class GradiendTrainingArguments(TrainingArguments):
         if self.solver == "closed_form":
             unread = dict.fromkeys(_OF_ADAMW, "with the closed form (it takes no steps)")
         elif not self.warm_start:
-            unread = {"calibration_fraction": "without the closed form or warm_start"}
+            unread = dict.fromkeys(_OF_CLOSED_FORM, "without the closed form or warm_start")
         if self.prune_fraction is None and not self.warm_start:
             unread["prune_texts"] = "without prune_fraction or warm_start"
         problems += [

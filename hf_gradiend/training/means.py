@@ -11,16 +11,19 @@ from hf_gradiend.parameters import ParameterSelection
 
 
 class ClassMeans:
-    """Running means of source and target gradients for the two classes, float32.
+    """Running means of source and target gradients for the two classes.
 
     Holds 4 · n_selected numbers: the source means E[x|+] and E[x|−] and the target means E[t|+] and
-    E[t|−].
+    E[t|−]. What is made of them is float32 and on the CPU.
 
     Args:
         selection: Weights whose gradients are averaged.
         source: Side of the source gradient.
         target: Side of the target gradient.
         class_sizes: Number of texts of the + and the − class that will be added in all.
+        dtype: Type of the means. bfloat16 takes half the memory, and rounds at every addition to 8
+            bits.
+        device: Where they are.
     """
 
     def __init__(
@@ -30,13 +33,22 @@ class ClassMeans:
         source: str,
         target: str,
         class_sizes: Mapping[int, int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.selection = selection
         self.source = source
         self.target = target
         self.class_sizes = dict(class_sizes)
-        self.source_means = {sign: _zeros(selection) for sign in (+1, -1)}
-        self.target_means = {sign: _zeros(selection) for sign in (+1, -1)}
+
+        def zeros() -> dict[str, Tensor]:
+            return {
+                entry.name: torch.zeros(entry.values_shape, dtype=dtype, device=device)
+                for entry in selection
+            }
+
+        self.source_means = {sign: zeros() for sign in (+1, -1)}
+        self.target_means = {sign: zeros() for sign in (+1, -1)}
 
     def add(self, stream: GradientStream, batch: TargetBatch, sign: int) -> dict[str, float]:
         """Add the gradients of a batch whose texts all carry one class: one forward, two backwards.
@@ -60,25 +72,26 @@ class ClassMeans:
     def to_direction(self, mixture: tuple[float, float]) -> dict[str, Tensor]:
         """The encoder's direction, a mixture of E[x|+] and E[x|−].
 
-        Turns the source means into it in place, so that no copy of n numbers is made; call it once,
-        at the end.
+        Turns the source means into it, one parameter after the other, so that no copy of n numbers
+        is made; call it once, at the end.
 
         Args:
             mixture: Factors of E[x|+] and of E[x|−]; (1, −1) is their difference.
         """
         plus, minus = self.source_means.pop(+1), self.source_means.pop(-1)
-        for name, values in plus.items():
-            values.mul_(mixture[0]).add_(minus.pop(name), alpha=mixture[1])
+        for name in plus:
+            values = plus[name] = _exact(plus[name])
+            values.mul_(mixture[0]).add_(_exact(minus.pop(name)), alpha=mixture[1])
         return plus
 
     def to_decoder(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """W_d = (E[t|+] − E[t|−])/2 and b_d = (E[t|+] + E[t|−])/2, least in loss at h = ±1.
 
-        Turns the target means into them in place, so that no copy of n numbers is made; call it
-        once, at the end.
+        Turns the target means into them likewise; call it once, at the end.
         """
         plus, minus = self.target_means.pop(+1), self.target_means.pop(-1)
         for name in plus:
+            plus[name], minus[name] = _exact(plus[name]), _exact(minus[name])
             plus[name].sub_(minus[name]).div_(2)  # W_d
             minus[name].add_(plus[name])  # b_d = E[t|−] + W_d
         return plus, minus
@@ -104,8 +117,9 @@ class ClassMeans:
         return add
 
 
-def _zeros(selection: ParameterSelection) -> dict[str, Tensor]:
-    return {entry.name: torch.zeros(entry.values_shape) for entry in selection}
+def _exact(means: Tensor) -> Tensor:
+    """As float32 on the CPU; no copy where they are that already."""
+    return means.to("cpu", torch.float32)
 
 
 def _all_of(adders: list[Callable[[str, Tensor], None]]) -> Callable[[str, Tensor], None]:

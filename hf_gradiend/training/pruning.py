@@ -14,8 +14,8 @@ from hf_gradiend.training.setup import with_parameters
 from hf_gradiend.training.solvers import TrainingProblem
 from hf_gradiend.training.texts import ClassBatch, one_pass
 
-# Float32 sums held at a time: those of 403 M weights.
-ACCUMULATOR_BYTES = 3 * 2**29
+# Float32 sums held at a time: those of 268 M weights.
+ACCUMULATOR_BYTES = 2**30
 
 
 def prune(

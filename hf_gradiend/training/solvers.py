@@ -194,6 +194,8 @@ class ClosedFormSolver:
             source=args.source,
             target=args.target,
             class_sizes={sign: len(self.fitted.of_sign(sign)) for sign in (+1, -1)},
+            dtype=getattr(torch, args.accumulator_dtype),
+            device="cpu" if args.accumulator_device == "cpu" else problem.base_model.device,
         )
 
     def step(self, stream: GradientStream, number: int) -> dict[str, float]:

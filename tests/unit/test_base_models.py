@@ -19,6 +19,7 @@ from hf_gradiend.base_models import (
     evaluation_mode,
     load_base_model,
     objective_of,
+    without_cache,
 )
 from hf_gradiend.errors import BaseModelError, CompatibilityError
 from hf_gradiend.gradients.backward import gradients
@@ -474,3 +475,16 @@ def test_evaluation_mode_puts_every_module_s_mode_back(make_lm, error):
 
     assert inside == {False}
     assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_no_keys_and_values_are_kept_where_none_are_wanted(make_lm, family):
+    lm = make_lm(family)
+    ids = torch.tensor([[5, 6, 7]])
+
+    with without_cache(lm.model):
+        inside = lm.model(input_ids=ids).past_key_values
+    after = lm.model(input_ids=ids).past_key_values
+
+    assert inside is None
+    assert after is not None  # the control, and the configuration is as it was

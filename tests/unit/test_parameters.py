@@ -472,3 +472,36 @@ def test_a_base_model_of_another_size_is_refused_by_shape():
     assert list(selection.parameters(Shapes(weight=(2, 3)))) == ["weight"]
     with pytest.raises(CompatibilityError, match=r"weight has shape \(3, 2\) instead of \(2, 3\)"):
         selection.parameters(Shapes(weight=(3, 2)))
+
+
+# ---- groups ----
+
+
+def test_groups_are_the_selection_in_consecutive_parts_within_the_budget():
+    sizes = [3, 4, 10, 1, 1, 1, 5]
+    selection = ParameterSelection(
+        tuple(SelectedParameter(f"p{k}", (size,)) for k, size in enumerate(sizes))
+    )
+
+    groups = selection.groups(lambda entry: entry.n_selected, 7)
+
+    assert [[entry.n_selected for entry in group] for group in groups] == [
+        [3, 4], [10], [1, 1, 1], [5]
+    ]  # fmt: skip
+    assert [name for group in groups for name in group.names] == selection.names
+    free = selection.groups(lambda _: 0, 0)
+    assert [group.names for group in free] == [selection.names]
+
+
+def test_the_largest_are_as_many_as_asked_for_and_ties_go_to_the_first():
+    selection = ParameterSelection((SelectedParameter("a", (3,)), SelectedParameter("b", (2,))))
+    scores = {"a": torch.tensor([1.0, -2.0, 1.0]), "b": torch.tensor([3.0, -1.0])}
+
+    for n_kept, expected in (
+        (1, {"b": [0]}),
+        (3, {"a": [0, 1], "b": [0]}),
+        (4, {"a": [0, 1, 2], "b": [0]}),
+        (5, {"a": [0, 1, 2], "b": [0, 1]}),
+    ):
+        kept = selection.largest(scores, n_kept)
+        assert {entry.name: entry.indices.tolist() for entry in kept} == expected

@@ -110,7 +110,7 @@ def test_training_writes_a_gradiend_and_a_report(run_json, place, tmp_path, solv
 
     assert set(result) == {
         "base_model", "n_selected", "solver", "encoder", "neutral_mean_absolute", "convergence",
-        "seconds", "peak_rss_bytes", "files",
+        "seconds", "report_seconds", "peak_rss_bytes", "files",
     }  # fmt: skip
     assert (result["base_model"], result["solver"]) == ("base", solver)
     assert set(result["encoder"]) == {"validation", "test"}
@@ -128,6 +128,45 @@ def test_training_writes_a_gradiend_and_a_report(run_json, place, tmp_path, solv
         == (result["encoder"]["test"]["correlation"])
     )
     assert str(tmp_path / "out" / "report.json") in result["files"]
+
+
+ESTIMATED = ["pruning", "steps", "reading", "saving", "report"]
+
+
+def test_an_estimate_is_a_plan_and_no_training(run, run_json, place, tmp_path):
+    command = (
+        "train", "--base_model", place / "base", "--dataset", place / "data.jsonl",
+        "--output_dir", tmp_path / "out", "--solver", "adamw", "--max_steps", "3",
+        "--prune_fraction", "0.1", "--dtype", "bfloat16", "--gradient_checkpointing", "--estimate",
+    )  # fmt: skip
+
+    found = run_json(*command)
+    code, out, _ = run(*command)
+
+    assert not (tmp_path / "out").exists()
+    assert [phase["name"] for phase in found["phases"]] == ESTIMATED
+    largest = max(phase["held_bytes"] + phase["working_bytes"] for phase in found["phases"])
+    assert found["peak_bytes"] == found["base_model_bytes"] + found["program_bytes"] + largest
+    assert found["seconds"] == sum(phase["seconds"] for phase in found["phases"]) > 0
+    assert code == 0
+    lines = [line.split()[0] for line in out.splitlines()[2:7]]
+    assert lines == ESTIMATED
+    assert f"{found['n_selected']:,} weights" in out
+    assert "Nothing was trained" in out
+    # The control: the same command without the option trains, in the type that it names.
+    trained = run_json(*command[:-1])
+    assert trained["n_selected"] == pytest.approx(found["n_selected"], abs=15)
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_an_estimate_of_contrasts_is_refused_before_anything_is_loaded(run, tmp_path):
+    code, _, err = run(
+        "train", "--base_model", tmp_path / "none", "--dataset", tmp_path / "none.jsonl",
+        "--output_dir", tmp_path / "out", "--contrasts", "pairs", "--estimate",
+    )  # fmt: skip
+
+    assert code == 2
+    assert "--estimate without --contrasts" in err
 
 
 def test_encoding_reads_the_split_and_writes_its_rows(run_json, place, trained, tmp_path):

@@ -445,6 +445,19 @@ def test_each_group_of_words_has_templates_of_its_own(name, n_groups):
     assert min(groups.values()) >= (12 if len(spec.classes) == 3 else 10)
 
 
+@pytest.mark.parametrize("name", ["number", "race", "religion", "sentiment"])
+def test_only_the_slot_tells_the_class(name):
+    spec = load_spec(name)
+    words = {word.lower() for word in spec.class_of}
+
+    assert all(label is None for f in spec.fillers.values() for _, label in f.values)
+    for template in spec.templates:
+        left, _, right = template.text.partition("[TARGET]")
+        assert words.isdisjoint(re.findall(r"\w+", f"{left} {right}".lower())), template.text
+    # The control: in the texts of gender a name tells the class.
+    assert all(label for _, label in load_spec("gender").fillers["NAME"].values)
+
+
 def test_no_article_before_a_slot_gives_the_word_away():
     # "an" fits some of the words only; "a" must fit all that the template has.
     vowel = re.compile(r"[aeiou]", re.IGNORECASE)

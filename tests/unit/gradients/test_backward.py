@@ -5,12 +5,14 @@ Trap 12 of DESIGN.md section 4 (half precision, checkpointing, tied weights) and
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
+from transformers import FalconConfig, FalconForCausalLM
 
 from hf_gradiend.base_models import check_base_model
-from hf_gradiend.errors import CompatibilityError, NumericalError
+from hf_gradiend.errors import BaseModelError, CompatibilityError, NumericalError
 from hf_gradiend.gradients.backward import encode_by_backward, gradient_stream, gradients
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter, select_parameters
 
@@ -517,6 +519,76 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_lm, batch_of, fami
 
     assert_same(found, expected, rtol=1e-6, atol=1e-7)
     assert any(getattr(module, "gradient_checkpointing", False) for module in lm.model.modules())
+
+
+def streamed(lm, batch, selection, *, checkpointing):
+    """Gradients of both words, by two backward passes through one forward pass."""
+    found = {"factual": {}, "counterfactual": {}}
+    with gradient_stream(lm.model, selection, checkpointing=checkpointing) as stream:
+        losses = stream.losses(batch, list(found))
+        stream.backward_each(
+            losses, lambda side: lambda name, g: found[side].update({name: g.clone()})
+        )
+    return found
+
+
+@pytest.fixture
+def falcon(make_lm):
+    """A model whose layers themselves apply dropout, in their training mode."""
+    lm = make_lm("gpt2")
+    config = FalconConfig(
+        vocab_size=len(lm.tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        hidden_dropout=0.5, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return dataclasses.replace(lm, model=FalconForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gemma3", "falcon"])
+@pytest.mark.parametrize("patterns", ["layers", "backbone"])
+def test_a_stream_that_checkpoints_gives_the_same_gradients(
+    make_lm, falcon, batch_of, family, patterns
+):
+    lm = falcon if family == "falcon" else make_lm(family)
+    selection = select_parameters(lm.model, patterns)
+    batch = batch_of(lm, ROWS[:1])
+    awkward(lm)
+    before, config = state(lm.model), lm.model.config.to_dict()
+    attributes = [dict(vars(module)) for module in lm.model.modules()]
+    computed = []
+    last = next(m for m in lm.model.modules() if isinstance(m, torch.nn.ModuleList))[-1]
+    inside = next(m for m in last.modules() if "Attention" in type(m).__name__)
+    handle = inside.register_forward_hook(lambda *_: computed.append(1))
+
+    plain = streamed(lm, batch, selection, checkpointing=False)
+    n_plain = len(computed)
+    found = streamed(lm, batch, selection, checkpointing=True)
+    handle.remove()
+
+    assert_same(found, plain, rtol=1e-6, atol=1e-7)
+    assert min(len(gradients) for gradients in found.values()) == len(selection)
+    assert n_plain == 1
+    # The control: the layer is computed once more in each of the two backward passes.
+    assert len(computed) == n_plain + 3
+    assert_left_as_it_was(lm.model, before)
+    assert lm.model.config.to_dict() == config
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
+    for module, held in zip(lm.model.modules(), attributes, strict=True):
+        for name in names:
+            assert vars(module).get(name, "none") == held.get(name, "none")
+
+
+def test_a_model_without_layers_to_checkpoint_is_refused(make_lm):
+    lm = make_lm("gpt2")
+    block = lm.model.transformer.h
+    lm.model.transformer.h = torch.nn.ModuleList(torch.nn.Identity() for _ in block)
+
+    with (
+        pytest.raises(BaseModelError, match="layers can be checkpointed"),
+        gradient_stream(lm.model, select_parameters(lm.model, "*wpe*"), checkpointing=True),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,11 +9,13 @@ import torch
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.collation import collate, prepare_texts
 from hf_gradiend.errors import BaseModelError, CompatibilityError, NumericalError
+from hf_gradiend.gradients import forward
 from hf_gradiend.gradients.backward import encode_by_backward, gradients
 from hf_gradiend.gradients.forward import (
     directional_derivatives,
     encode_texts,
     project_texts,
+    tangent_groups,
     tangents_of,
 )
 from hf_gradiend.gradients.objectives import target_log_probabilities
@@ -394,6 +396,87 @@ def test_a_projection_is_linear_in_its_direction_to_the_last_bit(make_lm, family
     assert torch.equal(quarter, one / 4)
     assert torch.equal(none, torch.zeros(1, 2))
     assert one.abs().min() > 0.01
+
+
+def every_second_weight(selection):
+    return ParameterSelection(
+        tuple(
+            SelectedParameter(e.name, e.shape, torch.arange(0, e.n_entries, 2, dtype=torch.int32))
+            for e in selection
+        )
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["sparse", "other type"])
+def test_tangents_beyond_their_budget_are_taken_in_groups(make_lm, monkeypatch, family, kind):
+    lm = make_lm(family)
+    selection = select_parameters(lm.model, "backbone")
+    if kind == "sparse":
+        selection = every_second_weight(selection)
+    dtype = torch.float32 if kind == "sparse" else torch.float64
+    direction = random_direction(selection, dtype=dtype)
+    texts = prepare_texts(
+        rows_of("Anna said [TARGET]", "Paul [TARGET]"), lm.tokenizer, lm.objective
+    )
+    seen = []
+
+    def tangents(model, group, held):
+        made = tangents_of(model, group, held)
+        seen.append(sum(tangent.nbytes for tangent in made.values()))
+        return made
+
+    monkeypatch.setattr(forward, "tangents_of", tangents)
+    whole = project_texts(lm.model, texts, selection, direction, pad_token_id=0)
+    monkeypatch.setattr(forward, "TANGENT_BYTES", 6000)
+    grouped = project_texts(lm.model, texts, selection, direction, pad_token_id=0)
+
+    torch.testing.assert_close(grouped, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
+    alone, *groups = seen
+    largest = 4 * max(entry.n_entries for entry in selection)
+    assert len(groups) > 3
+    assert sum(groups) == alone
+    assert max(groups) <= max(6000, largest)
+    # The control: no group alone has the sum.
+    monkeypatch.setattr(forward, "TANGENT_BYTES", 2**30)
+    *_, part = selection.groups(lambda entry: 4 * entry.n_entries, 6000)
+    last = project_texts(lm.model, texts, part, direction, pad_token_id=0)
+    assert (last - whole).abs().max() > 1e-3
+
+
+def test_tangents_that_are_views_of_the_direction_are_one_group(make_lm, monkeypatch):
+    lm = make_lm("gpt2")
+    selection = select_parameters(lm.model)
+    monkeypatch.setattr(forward, "TANGENT_BYTES", 1)
+
+    direction = random_direction(selection)
+    tangents = tangents_of(lm.model, selection, direction)
+
+    assert len(tangent_groups(lm.model, selection, direction)) == 1
+    held = {values.data_ptr() for values in direction.values()}
+    assert {tangent.data_ptr() for tangent in tangents.values()} == held
+    sparse = every_second_weight(selection)
+    assert len(tangent_groups(lm.model, sparse, random_direction(sparse))) == len(sparse)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_base_model_that_checkpoints_its_layers_is_read_the_same(make_lm, family):
+    lm = make_lm(family)
+    selection = select_parameters(lm.model, "backbone")
+    direction = random_direction(selection)
+    texts = prepare_texts(rows_of("Anna said [TARGET]"), lm.tokenizer, lm.objective)
+    expected = project_texts(lm.model, texts, selection, direction, pad_token_id=0)
+    # transformers 5.23 deprecates the old name; 6 will drop it.
+    new_name = hasattr(lm.model, "activation_checkpointing_enable")
+    getattr(
+        lm.model, "activation_checkpointing_enable" if new_name else "gradient_checkpointing_enable"
+    )()
+    lm.model.train()
+
+    found = project_texts(lm.model, texts, selection, direction, pad_token_id=0)
+
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert all(module.training for module in lm.model.modules())
 
 
 def test_projections_that_are_not_numbers_are_an_error(make_lm):

@@ -26,7 +26,7 @@ def test_an_unknown_argument_is_an_error(settings):
         ("max_grad_norm", 0.5),
         ("optim", "sgd"),
         ("dataloader_num_workers", 2),
-        ("gradient_checkpointing", True),
+        ("gradient_checkpointing_kwargs", {"use_reentrant": True}),
         ("push_to_hub", True),
         ("torch_compile", True),
         ("log_level", "debug"),
@@ -179,3 +179,15 @@ def test_the_command_line_parser_of_transformers_reads_them():
 
     assert (arguments.solver, arguments.n_seeds) == ("adamw", 3)
     assert (plain.solver, plain.n_seeds) == ("closed_form", 1)  # the control
+
+
+def test_layers_are_checkpointed_where_transformers_is_told_so(arguments):
+    # transformers 5.23 has a new name and warns of the old one, which 4 has alone.
+    new = any(item.name == "activation_checkpointing" for item in fields(TrainingArguments))
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+
+    assert arguments(**{name: True}).checkpoints_activations
+    assert not arguments().checkpoints_activations
+    if new:
+        with pytest.warns(FutureWarning, match="gradient_checkpointing"):
+            assert arguments(gradient_checkpointing=True).checkpoints_activations

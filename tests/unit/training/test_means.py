@@ -4,7 +4,7 @@ import torch
 from hf_gradiend.data.collation import collate
 from hf_gradiend.errors import NumericalError
 from hf_gradiend.gradients.backward import gradient_stream, gradients
-from hf_gradiend.parameters import select_parameters
+from hf_gradiend.parameters import ParameterSelection, SelectedParameter, select_parameters
 from hf_gradiend.training.means import ClassMeans
 
 # Three texts of one class and five of the other, so that a mean over all texts is another number.
@@ -27,12 +27,15 @@ def single_gradients(problem, side: str) -> dict[int, dict[str, torch.Tensor]]:
     return found
 
 
-def class_means(problem, source: str, target: str, *, size: int = 2, selection=None) -> ClassMeans:
+def class_means(
+    problem, source: str, target: str, *, size: int = 2, selection=None, dtype=torch.float32
+) -> ClassMeans:
     means = ClassMeans(
         selection or problem.selection,
         source=source,
         target=target,
         class_sizes={sign: len(rows) for sign, rows in ROWS.items()},
+        dtype=dtype,
     )
     with gradient_stream(problem.base_model, problem.selection) as stream:
         for sign in ROWS:
@@ -163,3 +166,50 @@ def test_a_loss_that_is_not_a_number_is_an_error(problem):
 
     with pytest.raises(NumericalError, match="finite factual loss"):
         class_means(problem, "factual", "diff")
+
+
+def relative_error(found, expected) -> float:
+    gap = sum(float((found[n].double() - expected[n].double()).square().sum()) for n in expected)
+    return (gap / sum(float(t.double().square().sum()) for t in expected.values())) ** 0.5
+
+
+def test_sums_in_bfloat16_take_half_the_memory_and_err_by_a_percent(problem):
+    exact = class_means(problem, "factual", "diff", size=1)
+    rounded = class_means(problem, "factual", "diff", size=1, dtype=torch.bfloat16)
+
+    sizes = [sum(t.nbytes for t in m.state_tensors().values()) for m in (exact, rounded)]
+    assert sizes[0] == 2 * sizes[1]
+    # bfloat16 has 8 bits: up to 2⁻⁹ = 0.2 % an addition, five of them; differences of means more.
+    for sign in ROWS:
+        error = relative_error(rounded.source_means[sign], exact.source_means[sign])
+        assert 5e-4 < error < 5e-3
+    direction, of_rounded = (m.to_direction((1.0, -1.0)) for m in (exact, rounded))
+    decoder, decoder_of_rounded = (m.to_decoder() for m in (exact, rounded))
+    for found, expected in zip(
+        (of_rounded, *decoder_of_rounded), (direction, *decoder), strict=True
+    ):
+        assert relative_error(found, expected) < 0.02
+        assert {(t.dtype, str(t.device)) for t in found.values()} == {(torch.float32, "cpu")}
+
+
+@pytest.mark.parametrize(("n_passes", "largest"), [(100, 0.05), (2000, 1.0)])
+def test_bfloat16_loses_what_many_passes_add(n_passes, largest):
+    """What the argument's documentation warns of: beyond a few hundred passes nothing is added."""
+    selection = ParameterSelection((SelectedParameter("w", (1000,)),))
+    share = 1 / n_passes
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(n_passes, 1000, generator=generator) * 0.3 + 1.0
+    sums = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        means = ClassMeans(
+            selection, source="factual", target="diff", class_sizes={+1: 1, -1: 1}, dtype=dtype
+        )
+        add = means._adder(means.source_means[+1], share)
+        for gradient in gradients:
+            add("w", gradient)
+        sums[dtype] = means.source_means[+1]
+
+    error = relative_error(sums[torch.bfloat16], sums[torch.float32])
+
+    assert largest / 10 < error < largest
+    assert relative_error(sums[torch.float32], {"w": gradients.mean(0)}) < 1e-5

@@ -65,7 +65,7 @@ def test_pruning_keeps_the_weights_that_the_classes_push_apart(
     # The control: the mean over all gradients, without the class's sign, keeps others.
     alike = {name: means[+1][name] + means[-1][name] for name in problem.selection.names}
     unaligned = kept_by(problem.selection.top_k(alike, fraction=0.05))
-    assert len(kept_by(kept) & unaligned) < 0.9 * n_kept
+    assert len(kept_by(kept) & unaligned) < 0.95 * n_kept
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 1.0])
@@ -77,7 +77,7 @@ def test_pruning_in_groups_keeps_the_same_weights(planted, problem_of, fraction,
     whole = prune(problem, fraction)
     grouped = prune(problem, fraction, accumulator_bytes=budget)
 
-    assert n_groups > 2
+    assert n_groups > 1
     assert len(pruning_groups(problem.selection)) == 1
     assert_same_selection(grouped, whole)
 
@@ -104,7 +104,7 @@ def test_ties_between_groups_go_to_the_first_in_order(planted_gpt2, problem_of):
 
 def test_pruning_holds_the_sums_of_one_group_at_a_time(planted_gpt2, problem_of, monkeypatch):
     problem = problem_of(planted_gpt2, [0, 48])
-    budget = 9000
+    budget = 6000
     live, largest = weakref.WeakSet(), 0
     zeros = torch.zeros
 

@@ -2,11 +2,12 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import fields
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_gradiend.errors import (
     BaseModelError,
@@ -93,6 +94,50 @@ def test_a_planted_feature_is_found_on_names_never_trained_on(planted, trainer_o
 
     assert planted.learned > 0.9  # the control: there is a feature to be found
     assert held_out_correlation(planted, trainer.model) > 0.9
+
+
+def test_a_closed_form_with_sums_in_bfloat16_reads_nearly_the_same(planted_bert, trainer_of):
+    read = {}
+    for name, settings in {
+        "float32": {},
+        "on the base model's device": {"accumulator_device": "base_model"},
+        "bfloat16": {"accumulator_dtype": "bfloat16"},
+    }.items():
+        trainer = trainer_of(planted_bert, **settings)
+        trainer.train()
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        read[name] = trainer.model.encode_texts(
+            planted_bert.model, planted_bert.tokenizer, planted_bert.data["test"], progress=False
+        )[:, 0]
+
+    assert torch.equal(read["on the base model's device"], read["float32"])
+    gap = (read["bfloat16"] - read["float32"]).abs().max()
+    assert 0 < gap < 0.05  # the control: it did sum in another type
+    assert pearson_correlation(read["bfloat16"], read["float32"]) > 0.999
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"solver": "adamw", "max_steps": 4, "prune_fraction": 0.1}], ids=str
+)
+def test_training_that_checkpoints_layers_learns_the_same(planted, trainer_of, settings):
+    # transformers 5.23 has a new name and warns of the old one.
+    new_name = any(f.name == "activation_checkpointing" for f in fields(TrainingArguments))
+    name = "activation_checkpointing" if new_name else "gradient_checkpointing"
+    computed, learned = [], []
+    inside = next(m for m in planted.model.modules() if "Attention" in type(m).__name__)
+    inside.register_forward_hook(lambda *_: computed.append(1))
+    for wanted in (False, True):
+        trainer = trainer_of(planted, evaluate=False, **settings, **{name: wanted})
+        computed.clear()
+        trainer.train()
+        learned.append((len(computed), weights(trainer.model)))
+
+    (n_plain, plain), (n_checkpointed, found) = learned
+    assert n_checkpointed > n_plain  # the control: layers were computed again
+    assert found.keys() == plain.keys()
+    for tensor_name, tensor in plain.items():
+        largest = float(tensor.abs().max())
+        torch.testing.assert_close(found[tensor_name], tensor, rtol=1e-5, atol=1e-5 * largest)
 
 
 @SOLVERS

@@ -1,0 +1,446 @@
+"""What a training will take, in memory and time: measured in short runs, nothing is trained."""
+
+import math
+import tempfile
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+from transformers.trainer_callback import TrainerState
+
+from hf_gradiend.base_models import pad_token_id_of
+from hf_gradiend.configuration_gradiend import GradiendConfig
+from hf_gradiend.data.collation import (
+    PreparedText,
+    PreparedTexts,
+    TargetBatch,
+    batches_by_length,
+    collate,
+)
+from hf_gradiend.gradients.backward import gradient_stream
+from hf_gradiend.gradients.forward import (
+    directional_derivatives,
+    tangent_bytes,
+    tangent_groups,
+)
+from hf_gradiend.modeling_gradiend import GradiendModel
+from hf_gradiend.parameters import ParameterSelection, SelectedParameter
+from hf_gradiend.training.arguments import GradiendTrainingArguments
+from hf_gradiend.training.pruning import pruning_groups
+from hf_gradiend.training.solvers import padded_parts
+from hf_gradiend.training.texts import LabelledTexts, batch_at, one_pass
+from hf_gradiend.training.trainer import GradiendTrainer
+from hf_gradiend.training.update import AdamWSettings, FusedAdamW
+
+# Steps of adamw whose texts are looked at; the others are taken to be like them.
+STEPS_LOOKED_AT = 64
+# Numbers that a probe adds to, more than a cache holds, and weights of a probed update.
+SCRATCH, UPDATED = 2**25, 2**22
+WRITTEN = 2**26  # bytes
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training.
+
+    Args:
+        name: Which one.
+        seconds: How long it takes.
+        held_bytes: Sums, GRADIENDs, moments and tangents in memory during it.
+        working_bytes: What its passes through the base model take on top: activations and a
+            gradient.
+    """
+
+    name: str
+    seconds: float
+    held_bytes: int
+    working_bytes: int
+
+
+@dataclass(frozen=True)
+class TrainingEstimate:
+    """What a training on one process will take.
+
+    Args:
+        n_selected: Number of weights of the GRADIEND.
+        base_model_bytes: Size of the base model's weights.
+        program_bytes: What the process holds besides them before the training.
+        phases: Parts of the training in their order.
+    """
+
+    n_selected: int
+    base_model_bytes: int
+    program_bytes: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest memory, in the phase that takes the most."""
+        most = max(phase.held_bytes + phase.working_bytes for phase in self.phases)
+        return self.base_model_bytes + self.program_bytes + most
+
+    @property
+    def seconds(self) -> float:
+        """All phases together."""
+        return sum(phase.seconds for phase in self.phases)
+
+
+def estimate_training(
+    trainer: GradiendTrainer, report_texts: Sequence[PreparedTexts] = ()
+) -> TrainingEstimate:
+    """Measure the passes of a training on a few of its texts, and add up what all of it takes.
+
+    The base model is left as it was; nothing is learned, and no file remains. What is measured is
+    the largest, the smallest and a middle pass of each kind, a weight update and a write to the
+    folder for temporary files; sums, moments and numbers of passes are known beforehand.
+
+    Args:
+        trainer: The training, not started yet.
+        report_texts: Texts that are encoded once afterwards, such as those of a report.
+
+    Returns:
+        Memory of the process, on a GPU that of the device, with seconds of every phase.
+    """
+    return _Probe(trainer).estimate(report_texts)
+
+
+class _Memory:
+    """Memory in use by the process, on a GPU by the device.
+
+    Args:
+        device: Where the base model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.process = psutil.Process()
+
+    def in_use(self) -> int:
+        """Bytes in use now."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return self.process.memory_info().rss
+
+    def most(self, work: Callable[[], object]) -> int:
+        """Do something and return the most bytes that were in use meanwhile."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            work()
+            return torch.cuda.max_memory_allocated(self.device)
+        seen, done = [self.in_use()], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.001):
+                seen[0] = max(seen[0], self.in_use())
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            work()
+        finally:
+            done.set()
+            watching.join()
+        return max(seen[0], self.in_use())
+
+
+class _Probe:
+    """Short runs of a trainer's passes.
+
+    Args:
+        trainer: The training.
+    """
+
+    def __init__(self, trainer: GradiendTrainer) -> None:
+        args, model = trainer.args, trainer.base_model
+        self.trainer, self.args, self.model = trainer, args, model
+        self.pad_token_id = pad_token_id_of(trainer.processing_class)
+        self.dense = trainer.selection
+        self.selection = (
+            self.dense
+            if args.prune_fraction is None
+            else _evenly_kept(self.dense, args.prune_fraction)
+        )
+        self.sides = tuple(dict.fromkeys((args.source, args.target)))
+        self.memory = _Memory(model.device)
+        self.base_model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.program_bytes = max(0, self.memory.in_use() - self.base_model_bytes)
+        # What the passes add to, in place of the sums: ones, so that its pages are there.
+        largest = max(entry.n_selected for entry in self.dense)
+        self.scratch = torch.ones(max(largest, min(SCRATCH, self.dense.n_selected)))
+        self.place = 0
+        self.before = self.memory.in_use()
+
+    def estimate(self, report_texts: Sequence[PreparedTexts]) -> TrainingEstimate:
+        """See `estimate_training`."""
+        args, trainer = self.args, self.trainer
+        first_texts = trainer.train_texts.balanced(args.prune_texts, args.seed)
+        held = _Held(self.selection.n_selected, args, sparse=self.selection.is_sparse)
+        phases: list[Phase] = []
+        # In the order of a training: what a pass has freed may stay with the process.
+        if args.prune_fraction is not None:
+            phases.append(self._pruning(self._parts_of_pass(first_texts)))
+        n_steps, step_parts = self._steps()
+        gradient_seconds, step_working = self._gradients(step_parts)
+        validation = (trainer.eval_texts or first_texts).prepared()
+        fitting = self._calibrated(trainer.train_texts)
+        reading_seconds, working = self._readings([validation, *fitting, *report_texts])
+        tangents = self._tangent_bytes()
+        if args.warm_start:
+            seconds = sum(map(gradient_seconds, self._parts_of_pass(first_texts)))
+            seconds += 2 * sum(map(reading_seconds, self._calibrated(first_texts)))
+            most = max(step_working, working + tangents)
+            phases.append(Phase("warm start", seconds, held.sums, most))
+        seconds = sum(map(gradient_seconds, step_parts))
+        if args.solver == "adamw":
+            seconds *= n_steps / min(n_steps, STEPS_LOOKED_AT)
+            seconds += n_steps * args.n_seeds * self._seconds_of_update()
+            reading = args.n_seeds * self._n_evaluations(n_steps) * reading_seconds(validation)
+        else:
+            reading = reading_seconds(validation) + 2 * sum(map(reading_seconds, fitting))
+        saving = self._n_checkpoints(n_steps) * held.checkpoint + held.gradiend
+        phases += [
+            Phase("steps", seconds, held.steps, step_working),
+            Phase("reading", reading, held.steps + tangents, working),
+            Phase("saving", saving / _bytes_written_a_second(), held.steps, 0),
+        ]
+        if report_texts:
+            seconds = sum(map(reading_seconds, report_texts))
+            phases.append(Phase("report", seconds, held.steps + tangents, working))
+        return TrainingEstimate(
+            self.selection.n_selected, self.base_model_bytes, self.program_bytes, tuple(phases)
+        )
+
+    def _parts_of_pass(self, texts: LabelledTexts) -> list[TargetBatch]:
+        batches = one_pass(texts, self.args.per_device_train_batch_size)
+        return [part for batch in batches for part in self._parts(batch.texts)]
+
+    def _parts(self, texts: Sequence[PreparedText]) -> list[TargetBatch]:
+        return list(padded_parts(texts, self.pad_token_id, self.model.device))
+
+    def _steps(self) -> tuple[int, list[TargetBatch]]:
+        """Number of steps, and the parts of all of them or of some, evenly spread."""
+        args, texts = self.args, self.trainer.train_texts
+        size = args.per_device_train_batch_size
+        if args.solver == "closed_form":
+            fitted, _ = texts.split(args.calibration_fraction, args.seed)
+            return len(one_pass(fitted, size)), self._parts_of_pass(fitted)
+        n_steps = args.max_steps
+        if n_steps <= 0:
+            n_steps = round(args.num_train_epochs * max(1, len(texts.texts) // size))
+        of_sign = {sign: texts.of_sign(sign) for sign in (+1, -1)}
+        seen = min(n_steps, STEPS_LOOKED_AT)
+        batches = [batch_at(of_sign, k * n_steps // seen, size, args.seed) for k in range(seen)]
+        return n_steps, [part for batch in batches for part in self._parts(batch.texts)]
+
+    def _calibrated(self, texts: LabelledTexts) -> list[PreparedTexts]:
+        """What the closed form reads on both of its mean gradients."""
+        _, calibration = texts.split(self.args.calibration_fraction, self.args.seed)
+        neutral = self.trainer.neutral_texts
+        return [calibration.prepared(), *([] if neutral is None else [neutral])]
+
+    def _pruning(self, parts: Sequence[TargetBatch]) -> Phase:
+        some = _three(parts)
+        groups = pruning_groups(self.dense)
+        seconds, most = self._seconds_of_choice(), 0
+        for group in groups:
+            with self._passes(group, (self.args.target,)) as run:
+                of_part, working = self._measured(some, run)
+                seconds += sum(map(of_part, parts))
+                most = max(most, working)
+        sums = max(4 * group.n_selected for group in groups)
+        candidates = 2 * 8 * self.selection.n_selected  # two lists of them: scores and places
+        return Phase("pruning", seconds, sums + candidates, most)
+
+    def _gradients(
+        self, parts: Sequence[TargetBatch]
+    ) -> tuple[Callable[[TargetBatch], float], int]:
+        """Seconds of a part by its size, and the working memory."""
+        some = _three(parts)
+        with self._passes(self.selection, self.sides) as run:
+            return self._measured(some, run)
+
+    @contextmanager
+    def _passes(
+        self, selection: ParameterSelection, sides: Sequence[str]
+    ) -> Iterator[Callable[[TargetBatch], None]]:
+        """Prepare the base model for passes.
+
+        Yields:
+            A function that takes the gradients of a part and adds them up somewhere.
+        """
+        entries = {entry.name: entry for entry in selection}
+
+        def add(name: str, gradient: Tensor) -> None:
+            values = entries[name].gather(gradient).flatten().to(self.scratch.device)
+            start = self.place if self.place + len(values) <= len(self.scratch) else 0
+            self.place = start + len(values)
+            self.scratch[start : self.place].add_(values, alpha=0.5)
+
+        checkpointing = self.args.checkpoints_activations
+        with gradient_stream(self.model, selection, checkpointing=checkpointing) as stream:
+
+            def run(part: TargetBatch) -> None:
+                stream.backward_each(stream.losses(part, sides), lambda _: add)
+
+            yield run
+
+    def _readings(
+        self, texts: Sequence[PreparedTexts]
+    ) -> tuple[Callable[[PreparedTexts], float], int]:
+        """Seconds of encoding texts, and the working memory without the tangents."""
+        some = _three([batch for part in texts for batch in self._batches(part)])
+        parameters = self.selection.parameters(self.model)
+        own_names = self.selection.names_in(self.model)
+        # The weights are a direction, too, of the right types and shapes and without a copy.
+        directions = [
+            {own_names[name]: parameters[name].detach() for name in group.names}
+            for group in self._tangent_groups()
+        ]
+
+        def run(batch: TargetBatch) -> None:
+            for tangents in directions:
+                directional_derivatives(self.model, batch, tangents).sum().item()
+
+        seconds, working = self._measured(some, run)
+        return lambda texts: sum(map(seconds, self._batches(texts))), working
+
+    def _measured(
+        self, some: Sequence[TargetBatch], run: Callable[[TargetBatch], object]
+    ) -> tuple[Callable[[TargetBatch], float], int]:
+        """Seconds of any batch, between those of three, and the working memory of the largest."""
+        run(some[0])  # the first run of a kind is slower
+        taken: list[float] = []
+        most = self.memory.most(
+            lambda: taken.extend(_seconds(lambda batch=batch: run(batch)) for batch in some)
+        )
+        sizes = [_n_tokens(batch) for batch in some]
+        return lambda batch: _between(_n_tokens(batch), sizes, taken), max(0, most - self.before)
+
+    def _batches(self, texts: PreparedTexts) -> list[TargetBatch]:
+        groups = batches_by_length(texts, self.args.per_device_eval_batch_size)
+        return [collate(group, self.pad_token_id).to(self.model.device) for group in groups]
+
+    def _tangent_groups(self) -> list[ParameterSelection]:
+        values = dict.fromkeys(self.selection.names, torch.empty(0))
+        return tangent_groups(self.model, self.selection, values)
+
+    def _tangent_bytes(self) -> int:
+        parameters, values = self.selection.parameters(self.model), torch.empty(0)
+        return max(
+            sum(tangent_bytes(entry, parameters[entry.name], values) for entry in group)
+            for group in self._tangent_groups()
+        )
+
+    def _seconds_of_choice(self) -> float:
+        """The largest of all sums, by the time that the scratch takes."""
+        entry = SelectedParameter("scratch", (len(self.scratch),))
+        one = ParameterSelection((entry,))
+        scores = {"scratch": torch.rand(len(self.scratch))}
+        taken = _seconds(lambda: one.top_k(scores, fraction=self.args.prune_fraction or 1.0))
+        return taken * self.dense.n_selected / len(self.scratch)
+
+    def _seconds_of_update(self) -> float:
+        args, n = self.args, self.selection.n_selected
+        size = min(n, UPDATED)
+        config = GradiendConfig(parameters=[{"name": "w", "shape": [size]}])
+        settings = AdamWSettings(
+            args.learning_rate, args.weight_decay, args.adam_beta1, args.adam_beta2,
+            args.adam_epsilon,
+        )  # fmt: skip
+        update = FusedAdamW(GradiendModel(config), settings)
+        values = {"w": torch.full((size,), 1e-3)}
+        update.step(values, values)
+        return _seconds(lambda: update.step(values, values)) * n / size
+
+    def _n_evaluations(self, n_steps: int) -> int:
+        """How often a seed's encodings of the validation texts are read: when it is done, too."""
+        if self.trainer.eval_texts is None or self.args.eval_strategy == "no":
+            return 1
+        return 1 + math.ceil(n_steps / self._every(n_steps).eval_steps)
+
+    def _n_checkpoints(self, n_steps: int) -> int:
+        if self.args.save_strategy == "no":
+            return 0
+        every = self._every(n_steps).save_steps
+        # The closed form has nothing left to resume at its last step.
+        closed_form = self.args.solver == "closed_form"
+        return (n_steps - 1) // every if closed_form else math.ceil(n_steps / every)
+
+    def _every(self, n_steps: int) -> TrainerState:
+        """A state that knows after how many steps there is what; below 1 they are shares."""
+        state = TrainerState()
+        state.compute_steps(self.args, n_steps)
+        return state
+
+
+class _Held:
+    """Bytes of what a training holds, by n.
+
+    Args:
+        n: Number of weights.
+        args: How it is trained.
+        sparse: Whether the GRADIEND has an index per weight.
+    """
+
+    def __init__(self, n: int, args: GradiendTrainingArguments, *, sparse: bool) -> None:
+        indices = 4 * n if sparse else 0
+        size = getattr(torch, args.accumulator_dtype).itemsize
+        self.sums = 4 * size * n + indices  # source and target means of both classes
+        self.gradiend = 3 * 4 * n + indices
+        if args.solver == "closed_form":
+            self.checkpoint = self.sums - indices
+            self.steps = max(self.sums, self.gradiend)
+            return
+        n_sides = len({args.source, args.target})
+        with_moments = self.gradiend + 6 * 4 * n
+        self.steps = args.n_seeds * with_moments + n_sides * 4 * n + indices
+        self.steps += self.gradiend if args.warm_start else 0
+        self.checkpoint = args.n_seeds * 9 * 4 * n
+
+
+def _evenly_kept(selection: ParameterSelection, fraction: float) -> ParameterSelection:
+    """As many weights as a pruning keeps, evenly spread, in place of those that it will choose."""
+    entries: list[SelectedParameter] = []
+    for entry in selection:
+        size = max(1, round(fraction * entry.n_selected))
+        places = torch.arange(size) * entry.n_selected // size
+        entries.append(SelectedParameter(entry.name, entry.shape, places.to(torch.int32)))
+    return ParameterSelection(tuple(entries))
+
+
+def _n_tokens(batch: TargetBatch) -> int:
+    return batch.input_ids.numel()
+
+
+def _three(batches: Sequence[TargetBatch]) -> list[TargetBatch]:
+    """The smallest, a middle and the largest."""
+    ordered = sorted(batches, key=_n_tokens)
+    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+
+
+def _between(x: int, xs: Sequence[int], ys: Sequence[float]) -> float:
+    """The y of an x between the first and the last of ascending ones, on straight lines."""
+    at = min(max(1, bisect_left(xs, x)), len(xs) - 1)
+    width = xs[at] - xs[at - 1]
+    share = (x - xs[at - 1]) / width if width else 1.0
+    return ys[at - 1] + share * (ys[at] - ys[at - 1])
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _bytes_written_a_second() -> float:
+    content = bytes(WRITTEN)
+    with tempfile.TemporaryFile() as file:
+        return WRITTEN / _seconds(lambda: (file.write(content), file.flush()))

@@ -1,0 +1,179 @@
+"""The estimate counts what a training does, and measures it without doing it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_gradiend.gradients.backward import GradientStream
+from hf_gradiend.training import estimate as estimate_module
+from hf_gradiend.training.estimate import _evenly_kept, _Held, _Memory, estimate_training
+from hf_gradiend.training.solvers import AdamWSolver, ClosedFormSolver
+from hf_gradiend.training.trainer import GradiendTrainer
+
+MIB = 2**20
+SETTINGS = [
+    {"solver": "closed_form"},
+    {"solver": "closed_form", "max_train_texts": 40, "save_steps": 1, "eval_strategy": "no",
+     "load_best_model_at_end": False},
+    {"solver": "adamw", "max_steps": 7, "eval_steps": 3, "save_steps": 3},
+    {"solver": "adamw", "max_steps": 5, "n_seeds": 2, "warm_start": True, "prune_texts": 20},
+    {"solver": "adamw", "max_steps": 4, "prune_fraction": 0.1, "prune_texts": 20,
+     "save_strategy": "no", "load_best_model_at_end": False},
+]  # fmt: skip
+
+
+class Counter(TrainerCallback):
+    """How often a trainer evaluates and saves."""
+
+    def __init__(self):
+        self.evaluations = self.checkpoints = 0
+
+    def on_evaluate(self, *_, **__):
+        self.evaluations += 1
+
+    def on_save(self, *_, **__):
+        self.checkpoints += 1
+
+
+@pytest.fixture
+def trainer_of(planted_gpt2, arguments):
+    """Function of settings that makes a trainer."""
+
+    def trainer_of(callbacks=(), **settings):
+        data = planted_gpt2.data
+        return GradiendTrainer(
+            planted_gpt2.model, planted_gpt2.tokenizer, arguments(**settings), data["train"],
+            data["validation"], callbacks,
+        )  # fmt: skip
+
+    return trainer_of
+
+
+def seconds_of(found):
+    return {phase.name: phase.seconds for phase in found.phases}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s['solver']}-{len(s)}")
+def test_the_passes_of_an_estimate_are_those_of_the_training(trainer_of, monkeypatch, settings):
+    # Every measured run is said to take a second, so that a phase's seconds are its passes.
+    def run_and_count(work):
+        work()
+        return 1.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(estimate_module, "_seconds", run_and_count)
+        patch.setattr(estimate_module._Probe, "_seconds_of_choice", lambda _: 0.0)
+        patch.setattr(estimate_module._Probe, "_seconds_of_update", lambda _: 0.0)
+        patch.setattr(estimate_module, "_bytes_written_a_second", lambda: math.inf)
+        estimated = seconds_of(estimate_training(trainer_of(**settings)))
+
+    passes = {"gradients": 0, "readings": 0}
+    counter = Counter()
+    losses, derivatives = GradientStream.losses, estimate_module.directional_derivatives
+
+    def counted_losses(self, *args):
+        passes["gradients"] += 1
+        return losses(self, *args)
+
+    def counted_derivatives(*args):
+        passes["readings"] += 1
+        return derivatives(*args)
+
+    monkeypatch.setattr(GradientStream, "losses", counted_losses)
+    monkeypatch.setattr(
+        "hf_gradiend.gradients.forward.directional_derivatives", counted_derivatives
+    )
+    trainer_of([counter], **settings).train()
+
+    of_gradients = {"pruning", "steps"} & estimated.keys()
+    warm_start = estimated.get("warm start", 0)
+    steps = sum(estimated[name] for name in of_gradients)
+    assert steps + estimated["reading"] + warm_start == sum(passes.values())
+    if not warm_start:
+        assert steps == passes["gradients"]
+    assert estimated["saving"] == 0
+    assert passes["gradients"] > 1
+    assert passes["readings"] > 1
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s['solver']}-{len(s)}")
+def test_the_checkpoints_of_an_estimate_are_those_of_the_training(trainer_of, settings):
+    counter = Counter()
+    trainer = trainer_of([counter], **settings)
+    probe = estimate_module._Probe(trainer)
+    n_steps, _ = probe._steps()
+
+    trainer.train()
+
+    assert trainer.state.global_step == n_steps
+    assert probe._n_checkpoints(n_steps) == counter.checkpoints
+    if settings["solver"] == "adamw":
+        assert probe._n_evaluations(n_steps) == counter.evaluations + 1
+
+
+@pytest.mark.parametrize("n_seeds", [1, 3])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_what_an_adamw_training_holds_is_the_size_of_its_tensors(
+    planted_gpt2, problem_of, n_seeds, pruned
+):
+    problem = problem_of(planted_gpt2, solver="adamw", n_seeds=n_seeds)
+    selection = _evenly_kept(problem.selection, 0.1) if pruned else problem.selection
+    problem = problem_of(planted_gpt2, None, selection, solver="adamw", n_seeds=n_seeds)
+    solver = AdamWSolver(problem)
+
+    held = _Held(selection.n_selected, problem.args, sparse=pruned)
+
+    state = sum(t.nbytes for t in solver.state_tensors().values())
+    values = sum(t.nbytes for side in solver.values.values() for t in side.values())
+    indices = 4 * selection.n_selected * (1 + n_seeds) if pruned else 0
+    few = 100 * n_seeds  # biases and counts
+    assert held.steps == pytest.approx(state + values + indices, abs=few)
+    assert held.checkpoint == pytest.approx(state, abs=few)
+    of_model = sum(t.nbytes for t in solver.models()[0].state_dict().values())
+    assert held.gradiend == pytest.approx(of_model, abs=few)
+    assert held.steps - held.checkpoint > 7 * selection.n_selected  # the control
+
+
+def test_what_a_closed_form_holds_is_the_size_of_its_sums(planted_gpt2, problem_of):
+    problem = problem_of(planted_gpt2)
+
+    held = _Held(problem.selection.n_selected, problem.args, sparse=False)
+
+    solver = ClosedFormSolver(problem)
+    assert held.sums == sum(t.nbytes for t in solver.state_tensors().values()) == held.steps
+
+
+def test_memory_that_is_taken_and_given_back_meanwhile_is_seen():
+    memory = _Memory(torch.device("cpu"))
+    before = memory.in_use()
+
+    most = memory.most(lambda: [torch.ones(50 * MIB).sum() for _ in range(3)])
+    nothing = memory.most(lambda: None)
+
+    assert 190 * MIB < most - before < 260 * MIB  # each of 200 MiB, one at a time
+    assert nothing - before < 50 * MIB
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s['solver']}-{len(s)}")
+def test_an_estimate_changes_nothing_and_leaves_no_file(trainer_of, settings, tmp_path):
+    trainer = trainer_of(**settings)
+    weights = copy.deepcopy(trainer.base_model.state_dict())
+    selection = trainer.selection.fingerprint
+
+    found = estimate_training(trainer, [trainer.eval_texts.prepared()])
+
+    after = trainer.base_model.state_dict()
+    assert all(torch.equal(weights[name], held) for name, held in after.items())
+    assert trainer.selection.fingerprint == selection
+    assert list(tmp_path.iterdir()) == []
+    n = trainer.selection.n_selected
+    assert found.n_selected == pytest.approx(n * settings.get("prune_fraction", 1.0), abs=15)
+    assert found.seconds > 0
+    assert found.peak_bytes > found.base_model_bytes + found.program_bytes > 0
+    assert [phase.name for phase in found.phases][-4:] == ["steps", "reading", "saving", "report"]
+    names = {phase.name for phase in found.phases}
+    assert ("pruning" in names) == ("prune_fraction" in settings)
+    assert ("warm start" in names) == ("warm_start" in settings)
