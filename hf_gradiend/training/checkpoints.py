@@ -156,9 +156,11 @@ def weights_digest(model: nn.Module, share: Share) -> str:
     for parameter in model.parameters():
         weights = parameter.detach()
         local = weights.to_local() if isinstance(weights, DTensor) else weights
-        bits = local.contiguous().view(_BITS[local.element_size()])
+        bits = local.contiguous().view(_BITS[local.element_size()]).flatten()
         counts = share.rank == 0 or isinstance(weights, DTensor) or not share.base_is_sharded
-        sums.append(bits.sum(dtype=torch.int64).cpu() * counts)
+        # In pieces: the sum of int32 in int64 makes a copy of eight bytes a weight.
+        total = sum(piece.sum(dtype=torch.int64) for piece in bits.split(2**22))
+        sums.append(torch.as_tensor(total).cpu() * counts)
     every = torch.stack(sums)
     if share.base_is_sharded:
         share.sum(every)

@@ -26,23 +26,26 @@ SOLVERS = {
 }
 STOP = {"adamw": 5, "closed_form": 3}
 
-# For each number of processes: solver, base model, and how the GRADIEND is kept.
-CASES = {
-    2: [
+# Processes, and their cases: solver, base model, and how the GRADIEND is kept.
+GROUPS = {
+    "two": (2, [
+        ("adamw", "llama", "sharded"), ("adamw", "llama", "fsdp"), ("closed_form", "bert", "whole"),
+        ("closed_form", "llama", "sharded"),
+    ]),
+    "two_more": (2, [
         ("adamw", "bert", "whole"), ("adamw", "bert", "sharded"), ("adamw", "llama", "whole"),
-        ("adamw", "llama", "sharded"), ("adamw", "llama", "fsdp"),
-        ("closed_form", "bert", "whole"), ("closed_form", "llama", "sharded"),
         ("closed_form", "llama", "fsdp"), ("pruned", "llama", "sharded"),
         ("pruned", "llama", "fsdp"), ("warm", "llama", "sharded"), ("top_k", "llama", "sharded"),
-    ],
-    3: [
+    ]),
+    "three": (3, [
         ("adamw", "llama", "fsdp"), ("closed_form", "bert", "whole"),
         ("closed_form", "bert", "sharded"),
-    ],
+    ]),
 }  # fmt: skip
 RESUMED = [
-    ("adamw", "llama", "sharded"), ("adamw", "llama", "fsdp"), ("adamw", "bert", "whole"),
-    ("closed_form", "bert", "whole"), ("closed_form", "llama", "sharded"),
+    ("two", "adamw", "llama", "sharded"), ("two", "closed_form", "bert", "whole"),
+    ("two_more", "adamw", "bert", "whole"), ("two_more", "closed_form", "llama", "fsdp"),
+    ("three", "adamw", "llama", "fsdp"), ("three", "closed_form", "bert", "sharded"),
 ]  # fmt: skip
 BATCH = {2: 8, 3: 9}  # texts per step over all processes
 
@@ -101,16 +104,18 @@ def case(place):
 
 @pytest.fixture(scope="module")
 def one(run, case):
-    """Function of a number of processes: what one process finds with as large batches."""
+    """Function of a group of cases: what one process finds with as large batches."""
 
     @lru_cache
-    def one(n: int) -> dict:
-        wanted = sorted({spec[:2] for spec in CASES[n]})
+    def one(group: str) -> dict:
+        n, specs = GROUPS[group]
         cases = {
-            f"{solver}-{base}": case(solver, base, "whole", BATCH[n], f"one-{n}-{solver}-{base}")
-            for solver, base in wanted
+            f"{solver}-{base}": case(
+                solver, base, "whole", BATCH[n], f"one-{group}-{solver}-{base}"
+            )
+            for solver, base in sorted({spec[:2] for spec in specs})
         }
-        cases["half"] = case("adamw", "llama", "whole", BATCH[n] // 2, f"half-{n}")
+        cases["half"] = case("adamw", "llama", "whole", BATCH[n] // 2, f"half-{group}")
         return run(1, cases)[0]
 
     return one
@@ -118,35 +123,39 @@ def one(run, case):
 
 @pytest.fixture(scope="module")
 def several(run, case):
-    """Function of a number of processes: what each finds; some runs are stopped and resumed."""
+    """Function of a group of cases: what each process finds; some are stopped and resumed, too."""
 
     @lru_cache
-    def several(n: int) -> list[dict]:
+    def several(group: str) -> list[dict]:
+        n, specs = GROUPS[group]
         cases = {}
-        for spec in CASES[n]:
+
+        def add(name: str, spec: tuple[str, ...], output: str, **settings) -> None:
+            cases[name] = case(*spec, BATCH[n] // n, f"{group}-{output}", **settings)
+
+        for spec in specs:
             name = "-".join(spec)
-            cases[name] = case(*spec, BATCH[n] // n, f"{n}-{name}")
-            if n == 2 and spec in RESUMED:
-                again, stop = f"again-{name}", STOP[spec[0]]
-                cases[f"stopped-{name}"] = case(*spec, BATCH[n] // n, again, stop=stop)
-                cases[f"resumed-{name}"] = case(*spec, BATCH[n] // n, again, resume=True)
-        if n == 2:
+            add(name, spec, name)
+            if (group, *spec) in RESUMED:
+                add(f"stopped-{name}", spec, f"again-{name}", stop=STOP[spec[0]])
+                add(f"resumed-{name}", spec, f"again-{name}", resume=True)
+        if group == "two":
             spec = ("closed_form", "bert", "whole")
-            cases["ctrl_c"] = case(*spec, BATCH[n] // n, "ctrl_c", ctrl_c=3)
-            cases["after_ctrl_c"] = case(*spec, BATCH[n] // n, "ctrl_c", resume=True)
+            add("ctrl_c", spec, "ctrl_c", ctrl_c=3)
+            add("after_ctrl_c", spec, "ctrl_c", resume=True)
         return run(n, cases)
 
     return several
 
 
-EACH_CASE = pytest.mark.parametrize(
-    ("n", "solver", "base", "kind"),
-    [
-        pytest.param(n, *spec, marks=[pytest.mark.slow] if n == 3 else [])
-        for n, specs in CASES.items()
-        for spec in specs
-    ],
-)
+def each(cases):
+    """Parameters of a test; all groups but the first are slow."""
+    marks = {"two": []}
+    params = [pytest.param(*c, marks=marks.get(c[0], [pytest.mark.slow])) for c in cases]
+    return pytest.mark.parametrize(("group", "solver", "base", "kind"), params)
+
+
+EACH_CASE = each([(group, *spec) for group, (_, specs) in GROUPS.items() for spec in specs])
 
 
 def losses(found: dict) -> list[float]:
@@ -154,22 +163,24 @@ def losses(found: dict) -> list[float]:
 
 
 @EACH_CASE
-def test_several_processes_have_the_losses_of_one(one, several, n, solver, base, kind):
-    alone = losses(one(n)[f"{solver}-{base}"])
+def test_several_processes_have_the_losses_of_one(one, several, group, solver, base, kind):
+    alone = losses(one(group)[f"{solver}-{base}"])
 
-    for rank in several(n):
+    for rank in several(group):
         assert losses(rank[f"{solver}-{base}-{kind}"]) == pytest.approx(alone, rel=1e-6)
     assert len(alone) >= 4
     if (solver, base) == ("adamw", "llama"):  # the control: other batches, other losses
-        assert losses(one(n)["half"]) != pytest.approx(alone, rel=1e-3)
+        assert losses(one(group)["half"]) != pytest.approx(alone, rel=1e-3)
 
 
 @EACH_CASE
-def test_several_processes_write_the_gradiend_of_one(place, one, several, n, solver, base, kind):
-    assert one(n)
-    assert several(n)
-    alone, together = place / f"one-{n}-{solver}-{base}", place / f"{n}-{solver}-{base}-{kind}"
-    expected, found = (GradiendModel.from_pretrained(f).state_dict() for f in (alone, together))
+def test_several_processes_write_the_gradiend_of_one(
+    place, one, several, group, solver, base, kind
+):
+    assert one(group)
+    assert several(group)
+    folders = (place / f"one-{group}-{solver}-{base}", place / f"{group}-{solver}-{base}-{kind}")
+    expected, found = (GradiendModel.from_pretrained(f).state_dict() for f in folders)
 
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -177,30 +188,31 @@ def test_several_processes_write_the_gradiend_of_one(place, one, several, n, sol
         if not name.endswith("key.bias"):
             difference = (found[name].double() - tensor.double()).norm()
             assert difference <= 1e-4 * tensor.double().norm(), name
-    configs = [(folder / "config.json").read_text("utf-8") for folder in (alone, together)]
+    configs = [(folder / "config.json").read_text("utf-8") for folder in folders]
     assert configs[0] == configs[1]
 
 
 @EACH_CASE
-def test_each_process_keeps_its_rows_and_loads_the_same_whole(several, n, solver, base, kind):
-    ranks = [rank[f"{solver}-{base}-{kind}"] for rank in several(n)]
+def test_each_process_keeps_its_rows_and_loads_the_same_whole(several, group, solver, base, kind):
+    ranks = [rank[f"{solver}-{base}-{kind}"] for rank in several(group)]
     kept = [rank["n_kept"] for rank in ranks]
     n_weights = ranks[0]["n_candidates"]
 
     assert len({rank["digest"] for rank in ranks}) == 1
-    assert [rank["shows"] for rank in ranks] == [True, *[False] * (n - 1)]  # one progress bar
+    # Progress bars and trackers are the main process's.
+    assert [rank["shows"] for rank in ranks] == [True, *[False] * (len(ranks) - 1)]
     if kind == "whole":
-        assert kept == [n_weights] * n
+        assert kept == [n_weights] * len(ranks)
     else:
         assert sum(kept) == n_weights
-        assert max(kept) < 1.3 * n_weights / n
+        assert max(kept) < 1.3 * n_weights / len(ranks)
 
 
-@pytest.mark.parametrize(("solver", "base", "kind"), RESUMED)
-def test_several_processes_go_on_to_the_same_bits(several, solver, base, kind):
+@each(RESUMED)
+def test_several_processes_go_on_to_the_same_bits(several, group, solver, base, kind):
     name = f"{solver}-{base}-{kind}"
 
-    for rank in several(2):
+    for rank in several(group):
         assert rank[f"stopped-{name}"] == {"stopped": STOP[solver]}  # the control
         resumed = rank[f"resumed-{name}"]
         assert resumed["digest"] == rank[name]["digest"]
@@ -209,6 +221,6 @@ def test_several_processes_go_on_to_the_same_bits(several, solver, base, kind):
 
 
 def test_ctrl_c_at_one_process_stops_all_after_the_same_step(several):
-    for rank in several(2):
+    for rank in several("two"):
         assert rank["ctrl_c"] == {"stopped": 3}
         assert rank["after_ctrl_c"]["digest"] == rank["closed_form-bert-whole"]["digest"]
