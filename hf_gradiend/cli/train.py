@@ -190,6 +190,7 @@ def _estimated(
         "program_bytes": found.program_bytes,
         "phases": [asdict(phase) for phase in found.phases],
         "peak_bytes": found.peak_bytes,
+        "accelerator_peak_bytes": found.accelerator_peak_bytes,
         "seconds": found.seconds,
     }
 
@@ -200,15 +201,16 @@ def _plan(found: TrainingEstimate) -> str:
     def in_gib(n_bytes: int) -> str:
         return f"{n_bytes / 2**30:.2f}"
 
-    always = found.base_model_bytes + found.program_bytes
-    lines = [["phase", "seconds", "held GiB", "working GiB", "in all GiB"]]
+    lines = [["phase", "seconds", "held GiB", "working GiB"]]
     for phase in found.phases:
-        total = always + phase.held_bytes + phase.working_bytes
-        sizes = (phase.held_bytes, phase.working_bytes, total)
+        sizes = (phase.held_bytes, phase.working_bytes)
         lines.append([phase.name, f"{phase.seconds:.0f}", *map(in_gib, sizes)])
+    peak = f"Peak {in_gib(found.peak_bytes)} GiB"
+    if found.on_accelerator:
+        peak += f" in main memory, {in_gib(found.accelerator_peak_bytes)} GiB on the GPU"
     return (
         f"{table(lines)}\n"
-        f"{found.n_selected:,} weights. In each phase: base model "
-        f"{in_gib(found.base_model_bytes)} GiB, program {in_gib(found.program_bytes)} GiB.\n"
-        f"Peak {in_gib(found.peak_bytes)} GiB, {found.seconds:.0f} s. Nothing was trained."
+        f"{found.n_selected:,} weights; base model {in_gib(found.base_model_bytes)} GiB, program "
+        f"{in_gib(found.program_bytes)} GiB.\n"
+        f"{peak}; {found.seconds:.0f} s. Nothing was trained."
     )

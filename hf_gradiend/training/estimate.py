@@ -52,9 +52,9 @@ class Phase:
     Args:
         name: Which one.
         seconds: How long it takes.
-        held_bytes: Sums, GRADIENDs, moments and tangents in memory during it.
-        working_bytes: What its passes through the base model take on top: activations and a
-            gradient.
+        held_bytes: What the solver holds meanwhile: sums, GRADIENDs, moments.
+        working_bytes: What its passes take on top, beside the base model: activations, a gradient,
+            tangents, the pruning's sums.
     """
 
     name: str
@@ -70,20 +70,30 @@ class TrainingEstimate:
     Args:
         n_selected: Number of weights of the GRADIEND.
         base_model_bytes: Size of the base model's weights.
-        program_bytes: What the process holds besides them before the training.
+        program_bytes: Main memory of the process before the training, without these weights.
         phases: Parts of the training in their order.
+        on_accelerator: Whether the base model, and what works beside it, is on a GPU.
     """
 
     n_selected: int
     base_model_bytes: int
     program_bytes: int
     phases: tuple[Phase, ...]
+    on_accelerator: bool = False
 
     @property
     def peak_bytes(self) -> int:
-        """Largest memory, in the phase that takes the most."""
+        """Largest main memory of the process, in the phase that takes the most."""
+        if self.on_accelerator:
+            return self.program_bytes + max(phase.held_bytes for phase in self.phases)
         most = max(phase.held_bytes + phase.working_bytes for phase in self.phases)
         return self.base_model_bytes + self.program_bytes + most
+
+    @property
+    def accelerator_peak_bytes(self) -> int:
+        """Largest memory on the base model's GPU; 0 where it is on none."""
+        most = max(phase.working_bytes for phase in self.phases)
+        return self.base_model_bytes + most if self.on_accelerator else 0
 
     @property
     def seconds(self) -> float:
@@ -105,13 +115,13 @@ def estimate_training(
         report_texts: Texts that are encoded once afterwards, such as those of a report.
 
     Returns:
-        Memory of the process, on a GPU that of the device, with seconds of every phase.
+        Memory and seconds of every phase.
     """
     return _Probe(trainer).estimate(report_texts)
 
 
 class _Memory:
-    """Memory in use by the process, on a GPU by the device.
+    """Memory in use where the base model is: by the process, or on a GPU.
 
     Args:
         device: Where the base model is.
@@ -169,7 +179,11 @@ class _Probe:
         self.sides = tuple(dict.fromkeys((args.source, args.target)))
         self.memory = _Memory(model.device)
         self.base_model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        self.program_bytes = max(0, self.memory.in_use() - self.base_model_bytes)
+        self.on_accelerator = model.device.type != "cpu"
+        in_program = psutil.Process().memory_info().rss
+        if not self.on_accelerator:
+            in_program = max(0, in_program - self.base_model_bytes)
+        self.program_bytes = in_program
         # What the passes add to, in place of the sums: ones, so that its pages are there.
         largest = max(entry.n_selected for entry in self.dense)
         self.scratch = torch.ones(max(largest, min(SCRATCH, self.dense.n_selected)))
@@ -180,40 +194,50 @@ class _Probe:
         """See `estimate_training`."""
         args, trainer = self.args, self.trainer
         first_texts = trainer.train_texts.balanced(args.prune_texts, args.seed)
-        held = _Held(self.selection.n_selected, args, sparse=self.selection.is_sparse)
+        held = _Held(
+            self.selection.n_selected,
+            args,
+            sparse=self.selection.is_sparse,
+            on_accelerator=self.on_accelerator,
+        )
         phases: list[Phase] = []
         # In the order of a training: what a pass has freed may stay with the process.
         if args.prune_fraction is not None:
             phases.append(self._pruning(self._parts_of_pass(first_texts)))
         n_steps, step_parts = self._steps()
         gradient_seconds, step_working = self._gradients(step_parts)
-        validation = (trainer.eval_texts or first_texts).prepared()
+        # Without validation texts, those of the training tell the sign.
+        some_texts = trainer.train_texts.balanced(args.max_eval_texts, args.seed)
+        validation = (trainer.eval_texts or some_texts).prepared()
         fitting = self._calibrated(trainer.train_texts)
         reading_seconds, working = self._readings([validation, *fitting, *report_texts])
-        tangents = self._tangent_bytes()
+        working += self._tangent_bytes()
         if args.warm_start:
             seconds = sum(map(gradient_seconds, self._parts_of_pass(first_texts)))
             seconds += 2 * sum(map(reading_seconds, self._calibrated(first_texts)))
-            most = max(step_working, working + tangents)
-            phases.append(Phase("warm start", seconds, held.sums, most))
+            phases.append(Phase("warm start", seconds, held.sums, max(step_working, working)))
         seconds = sum(map(gradient_seconds, step_parts))
         if args.solver == "adamw":
             seconds *= n_steps / min(n_steps, STEPS_LOOKED_AT)
             seconds += n_steps * args.n_seeds * self._seconds_of_update()
-            reading = args.n_seeds * self._n_evaluations(n_steps) * reading_seconds(validation)
+            reading = self._n_evaluations(n_steps) * reading_seconds(validation)
         else:
             reading = reading_seconds(validation) + 2 * sum(map(reading_seconds, fitting))
         saving = self._n_checkpoints(n_steps) * held.checkpoint + held.gradiend
         phases += [
-            Phase("steps", seconds, held.steps, step_working),
-            Phase("reading", reading, held.steps + tangents, working),
+            Phase("steps", seconds, held.steps, step_working + held.beside),
+            Phase("reading", reading, held.steps, working + held.beside),
             Phase("saving", saving / _bytes_written_a_second(), held.steps, 0),
         ]
         if report_texts:
             seconds = sum(map(reading_seconds, report_texts))
-            phases.append(Phase("report", seconds, held.steps + tangents, working))
+            phases.append(Phase("report", seconds, held.steps, working))
         return TrainingEstimate(
-            self.selection.n_selected, self.base_model_bytes, self.program_bytes, tuple(phases)
+            self.selection.n_selected,
+            self.base_model_bytes,
+            self.program_bytes,
+            tuple(phases),
+            self.on_accelerator,
         )
 
     def _parts_of_pass(self, texts: LabelledTexts) -> list[TargetBatch]:
@@ -255,7 +279,7 @@ class _Probe:
                 most = max(most, working)
         sums = max(4 * group.n_selected for group in groups)
         candidates = 2 * 8 * self.selection.n_selected  # two lists of them: scores and places
-        return Phase("pruning", seconds, sums + candidates, most)
+        return Phase("pruning", seconds, candidates, sums + most)
 
     def _gradients(
         self, parts: Sequence[TargetBatch]
@@ -359,10 +383,13 @@ class _Probe:
         return _seconds(lambda: update.step(values, values)) * n / size
 
     def _n_evaluations(self, n_steps: int) -> int:
-        """How often a seed's encodings of the validation texts are read: when it is done, too."""
-        if self.trainer.eval_texts is None or self.args.eval_strategy == "no":
+        """How often encodings of the validation texts are read: for each seed when it is done."""
+        if self.trainer.eval_texts is None:
             return 1
-        return 1 + math.ceil(n_steps / self._every(n_steps).eval_steps)
+        during = 0
+        if self.args.eval_strategy != "no":
+            during = math.ceil(n_steps / self._every(n_steps).eval_steps)
+        return self.args.n_seeds * (1 + during)
 
     def _n_checkpoints(self, n_steps: int) -> int:
         if self.args.save_strategy == "no":
@@ -386,17 +413,23 @@ class _Held:
         n: Number of weights.
         args: How it is trained.
         sparse: Whether the GRADIEND has an index per weight.
+        on_accelerator: Whether the base model is on a GPU, where the sums may be, too.
     """
 
-    def __init__(self, n: int, args: GradiendTrainingArguments, *, sparse: bool) -> None:
+    def __init__(
+        self, n: int, args: GradiendTrainingArguments, *, sparse: bool, on_accelerator: bool = False
+    ) -> None:
         indices = 4 * n if sparse else 0
         size = getattr(torch, args.accumulator_dtype).itemsize
         self.sums = 4 * size * n + indices  # source and target means of both classes
         self.gradiend = 3 * 4 * n + indices
         if args.solver == "closed_form":
             self.checkpoint = self.sums - indices
-            self.steps = max(self.sums, self.gradiend)
+            beside = on_accelerator and args.accumulator_device == "base_model"
+            self.beside = self.sums if beside else 0
+            self.steps = self.gradiend if beside else max(self.sums, self.gradiend)
             return
+        self.beside = 0
         n_sides = len({args.source, args.target})
         with_moments = self.gradiend + 6 * 4 * n
         self.steps = args.n_seeds * with_moments + n_sides * 4 * n + indices

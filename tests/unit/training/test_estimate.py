@@ -9,7 +9,14 @@ from transformers import TrainerCallback
 
 from hf_gradiend.gradients.backward import GradientStream
 from hf_gradiend.training import estimate as estimate_module
-from hf_gradiend.training.estimate import _evenly_kept, _Held, _Memory, estimate_training
+from hf_gradiend.training.estimate import (
+    Phase,
+    TrainingEstimate,
+    _evenly_kept,
+    _Held,
+    _Memory,
+    estimate_training,
+)
 from hf_gradiend.training.solvers import AdamWSolver, ClosedFormSolver
 from hf_gradiend.training.trainer import GradiendTrainer
 
@@ -20,6 +27,8 @@ SETTINGS = [
      "load_best_model_at_end": False},
     {"solver": "adamw", "max_steps": 7, "eval_steps": 3, "save_steps": 3},
     {"solver": "adamw", "max_steps": 5, "n_seeds": 2, "warm_start": True, "prune_texts": 20},
+    {"solver": "adamw", "max_steps": 2, "n_seeds": 2, "evaluate": False, "max_eval_texts": 40,
+     "eval_strategy": "no", "load_best_model_at_end": False},
     {"solver": "adamw", "max_steps": 4, "prune_fraction": 0.1, "prune_texts": 20,
      "save_strategy": "no", "load_best_model_at_end": False},
 ]  # fmt: skip
@@ -42,11 +51,11 @@ class Counter(TrainerCallback):
 def trainer_of(planted_gpt2, arguments):
     """Function of settings that makes a trainer."""
 
-    def trainer_of(callbacks=(), **settings):
+    def trainer_of(callbacks=(), *, evaluate=True, **settings):
         data = planted_gpt2.data
         return GradiendTrainer(
             planted_gpt2.model, planted_gpt2.tokenizer, arguments(**settings), data["train"],
-            data["validation"], callbacks,
+            data["validation"] if evaluate else None, callbacks,
         )  # fmt: skip
 
     return trainer_of
@@ -110,8 +119,9 @@ def test_the_checkpoints_of_an_estimate_are_those_of_the_training(trainer_of, se
 
     assert trainer.state.global_step == n_steps
     assert probe._n_checkpoints(n_steps) == counter.checkpoints
-    if settings["solver"] == "adamw":
-        assert probe._n_evaluations(n_steps) == counter.evaluations + 1
+    if settings["solver"] == "adamw" and trainer.eval_texts:
+        n_seeds = settings.get("n_seeds", 1)
+        assert probe._n_evaluations(n_steps) == n_seeds * (counter.evaluations + 1)
 
 
 @pytest.mark.parametrize("n_seeds", [1, 3])
@@ -146,6 +156,16 @@ def test_what_a_closed_form_holds_is_the_size_of_its_sums(planted_gpt2, problem_
     assert held.sums == sum(t.nbytes for t in solver.state_tensors().values()) == held.steps
 
 
+def test_sums_on_a_gpu_are_not_in_main_memory(arguments):
+    args = arguments(accumulator_device="base_model", accumulator_dtype="bfloat16")
+
+    on_gpu = _Held(1000, args, sparse=False, on_accelerator=True)
+    on_cpu = _Held(1000, args, sparse=False)
+
+    assert (on_gpu.beside, on_gpu.steps) == (4 * 2 * 1000, 3 * 4 * 1000)
+    assert (on_cpu.beside, on_cpu.steps) == (0, 3 * 4 * 1000)  # the GRADIEND is the larger
+
+
 def test_memory_that_is_taken_and_given_back_meanwhile_is_seen():
     memory = _Memory(torch.device("cpu"))
     before = memory.in_use()
@@ -163,7 +183,7 @@ def test_an_estimate_changes_nothing_and_leaves_no_file(trainer_of, settings, tm
     weights = copy.deepcopy(trainer.base_model.state_dict())
     selection = trainer.selection.fingerprint
 
-    found = estimate_training(trainer, [trainer.eval_texts.prepared()])
+    found = estimate_training(trainer, [trainer.train_texts.take(range(9)).prepared()])
 
     after = trainer.base_model.state_dict()
     assert all(torch.equal(weights[name], held) for name, held in after.items())
@@ -173,7 +193,17 @@ def test_an_estimate_changes_nothing_and_leaves_no_file(trainer_of, settings, tm
     assert found.n_selected == pytest.approx(n * settings.get("prune_fraction", 1.0), abs=15)
     assert found.seconds > 0
     assert found.peak_bytes > found.base_model_bytes + found.program_bytes > 0
+    assert found.accelerator_peak_bytes == 0
     assert [phase.name for phase in found.phases][-4:] == ["steps", "reading", "saving", "report"]
     names = {phase.name for phase in found.phases}
     assert ("pruning" in names) == ("prune_fraction" in settings)
     assert ("warm start" in names) == ("warm_start" in settings)
+
+
+def test_on_an_accelerator_base_model_and_passes_are_counted_there():
+    phases = (Phase("steps", 1.0, 700, 30), Phase("reading", 1.0, 600, 50))
+
+    found = TrainingEstimate(9, 1000, 200, phases, on_accelerator=True)
+
+    assert (found.peak_bytes, found.accelerator_peak_bytes) == (900, 1050)
+    assert TrainingEstimate(9, 1000, 200, phases).peak_bytes == 1930  # the control: all in one

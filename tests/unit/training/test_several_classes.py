@@ -230,7 +230,7 @@ def test_neutral_words_read_as_0_where_one_side_is_far_larger():
         return torch.tensor(means).double() + noise
 
     # Both sides are far from neutral words along a common direction, one of them further.
-    z = torch.cat([texts(50, 5.0, 4.0), texts(50, 1.5, 2.5)])
+    z = torch.cat([texts(50, 5.0, 3.5), texts(50, 1.0, 1.5)])
     signs = torch.tensor([1] * 50 + [-1] * 50)
     neutral = texts(50, 0.0, 0.0)
 
@@ -243,7 +243,7 @@ def test_neutral_words_read_as_0_where_one_side_is_far_larger():
     # The control: the difference of the two means, with the closed form's scale.
     alone = z[:, 0] - z[:, 1]
     scale, shift = fit_scale(alone, signs)
-    assert float(torch.tanh(scale * (neutral[:, 0] - neutral[:, 1]) + shift).abs().mean()) < 1.0
+    assert float(torch.tanh(scale * (neutral[:, 0] - neutral[:, 1]) + shift).abs().mean()) > 0.4
 
 
 def test_what_cannot_be_learned_is_refused(make_lm, arguments):

@@ -18,17 +18,17 @@ from hf_gradiend.training.texts import batch_at
 # ---- fit_scale ----
 
 
-def test_the_fit_puts_the_class_means_at_plus_and_minus_nine_tenths():
+def test_the_fit_puts_the_class_means_at_plus_and_minus_85_hundredths():
     z = torch.tensor([3.0, 5.0, 4.0, -1.0, 1.0, 0.0])  # class means 4 and 0
     signs = torch.tensor([1, 1, 1, -1, -1, -1])
 
     scale, offset = fit_scale(z, signs)
 
-    # artanh(0.9) = ln(19)/2; (4 − 0)·scale = 2·artanh(0.9) and the middle, 2, is at 0.
-    assert scale == pytest.approx(math.log(19) / 4, rel=1e-12)
-    assert offset == pytest.approx(-2 * math.log(19) / 4, rel=1e-12)
-    assert math.tanh(scale * 4.0 + offset) == pytest.approx(0.9, abs=1e-12)
-    assert math.tanh(scale * 0.0 + offset) == pytest.approx(-0.9, abs=1e-12)
+    # artanh(0.85) = ln(37/3)/2; (4 − 0)·scale = 2·artanh(0.85) and the middle, 2, is at 0.
+    assert scale == pytest.approx(math.log(37 / 3) / 4, rel=1e-12)
+    assert offset == pytest.approx(-2 * math.log(37 / 3) / 4, rel=1e-12)
+    assert math.tanh(scale * 4.0 + offset) == pytest.approx(0.85, abs=1e-12)
+    assert math.tanh(scale * 0.0 + offset) == pytest.approx(-0.85, abs=1e-12)
 
 
 @pytest.mark.parametrize(("factor", "shift"), [(1e-6, 0.0), (1e6, 3e6), (2.0, -100.0)])
@@ -102,7 +102,7 @@ def test_the_closed_form_is_made_of_the_class_means_of_the_texts_that_do_not_cal
     torch.testing.assert_close(flat(gradiend.decoder.bias), (plus + minus) / 2, **close)
 
 
-def test_the_average_text_that_calibrated_is_encoded_at_nine_tenths(planted, problem_of):
+def test_the_average_text_that_calibrated_is_encoded_at_85_hundredths(planted, problem_of):
     problem = problem_of(planted)
     solver = ClosedFormSolver(problem)
     run(problem, solver)
@@ -116,7 +116,7 @@ def test_the_average_text_that_calibrated_is_encoded_at_nine_tenths(planted, pro
                 gradiend.names) + gradiend.encoder.bias.item()
             for one in found
         ]  # fmt: skip
-        assert math.tanh(sum(z) / len(z)) == pytest.approx(sign * 0.9, abs=1e-3)
+        assert math.tanh(sum(z) / len(z)) == pytest.approx(sign * 0.85, abs=1e-3)
 
 
 def test_the_closed_form_takes_one_step_per_batch_and_every_text_once(planted_bert, problem_of):
