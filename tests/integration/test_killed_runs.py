@@ -48,11 +48,14 @@ def killed(tmp_path, session_planted):
     return killed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "arguments"),
-    [(1, ADAMW), (1, CLOSED_FORM), (2, {**ADAMW, "shard": True}), (2, CLOSED_FORM)],
-    ids=["adamw", "closed_form", "two_sharded_adamw", "two_closed_form"],
+    [
+        pytest.param(1, ADAMW, id="adamw"),
+        pytest.param(1, CLOSED_FORM, id="closed_form", marks=pytest.mark.slow),
+        pytest.param(2, {**ADAMW, "shard": True}, id="two_sharded_adamw", marks=pytest.mark.slow),
+        pytest.param(2, CLOSED_FORM, id="two_closed_form", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_at_random_ends_as_the_uninterrupted_one(killed, processes, arguments):
     found = killed(10, processes=processes, **arguments)
