@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import random
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.base_models import load_base_model
 from hf_gradiend.data.building import build_feature_dataset
-from hf_gradiend.data.loading import load_feature_dataset, of_classes
+from hf_gradiend.data.loading import load_feature_dataset, load_prompts, of_classes
 from hf_gradiend.data.spec_files import package_specs
 from hf_gradiend.data.templates import OWN_TEXTS, OWN_TEXTS_LICENSE
 from hf_gradiend.errors import CompatibilityError, ConfigError, DataError, first_line_of
 from hf_gradiend.evaluation.report import Origin
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.arguments import GradiendTrainingArguments, settings_of
+
+MAX_OPEN_TEXTS = 64  # of a specification's sentences, for the choice of an edit and its judgement
 
 
 def speaker(args: argparse.Namespace) -> Callable[[str], None]:
@@ -98,6 +101,35 @@ def feature_data(place: str, classes: Sequence[str] | None = None) -> DatasetDic
 def is_shipped(place: str) -> bool:
     """Whether feature data of this name are built from one of the package's specifications."""
     return place in package_specs() and not Path(place).exists()
+
+
+def open_texts(place: str) -> list[str]:
+    """Texts with a slot that leave the class open, to choose an edit on and to judge it on.
+
+    Args:
+        place: Where they are, or the name of a specification of the package whose sentences fit all
+            of its classes: those of its validation split, then as many of its test split.
+
+    Raises:
+        DataError: If they cannot be read, or the specification's sentences tell the class.
+    """
+    if not is_shipped(place):
+        return load_prompts(place)
+    data = feature_data(place)
+    halves = []
+    for split in ("validation", "test"):
+        of_class: dict[str, set[str]] = {}
+        for text, name in zip(data[split]["text"], data[split]["factual_class"], strict=True):
+            of_class.setdefault(name, set()).add(text)
+        halves.append(sorted(set.intersection(*of_class.values())))
+    size = min(MAX_OPEN_TEXTS, *map(len, halves))
+    if size == 0:
+        raise DataError(
+            f"Expected sentences that leave the class open, but those of {place!r} tell it. Pass a "
+            f"file of texts with the slot [TARGET]."
+        )
+    generator = random.Random(0)
+    return [text for half in halves for text in generator.sample(half, size)]
 
 
 def held_out(data: DatasetDict) -> dict[str, Dataset]:

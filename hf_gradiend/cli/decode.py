@@ -4,8 +4,8 @@ import argparse
 import json
 import math
 
-from hf_gradiend.cli.common import can_draw, load_base_of, load_gradiend, speaker, table
-from hf_gradiend.data.loading import load_neutral_texts, load_prompts
+from hf_gradiend.cli.common import can_draw, load_base_of, load_gradiend, open_texts, speaker, table
+from hf_gradiend.data.loading import load_neutral_texts
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.evaluation.decoder_report import decoder_values, evaluate_decoder
 from hf_gradiend.evaluation.report import edit_probes
@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         help="texts with [TARGET] that leave the class open: the first half chooses, the second "
-        "judges; default: the package's occupations, for she against he",
+        "judges; or number, race, religion or sentiment, whose own sentences fit all their "
+        "classes; default: the package's occupations, for she against he",
     )
     parser.add_argument("--neutral", help="texts without the feature; default: the package's own")
     parser.add_argument("--feature_factors", type=float, nargs="+", help="h of the grid")
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         gradiend,
         base_model,
         tokenizer,
-        prompts=None if args.prompts is None else load_prompts(args.prompts),
+        prompts=None if args.prompts is None else open_texts(args.prompts),
         neutral_texts=None if args.neutral is None else load_neutral_texts(args.neutral),
     )
     report = decoder_values(

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_gradiend.adapter.config import feature_factor_of
 from hf_gradiend.adapter.control import set_strength
 from hf_gradiend.cli import decode, main
+from hf_gradiend.cli.common import feature_data, open_texts
 from hf_gradiend.data.loading import load_feature_dataset
-from hf_gradiend.errors import ConfigError
+from hf_gradiend.errors import ConfigError, DataError
 from hf_gradiend.evaluation import probe as probe_module
 from hf_gradiend.evaluation.bias import benchmark as benchmark_module
 from hf_gradiend.evaluation.bias import comparison, suite
@@ -626,6 +627,25 @@ def test_decoding_measures_a_grid_and_judges_what_each_rule_chooses(
         with gradiend.edited(model, choice["feature_factor"], choice["step_size"]):
             assert choice["chosen_after"] == {**vars(choosing.measure()), "p_others": []}
             assert choice["judged_after"] == {**vars(judging.measure()), "p_others": []}
+
+
+@pytest.mark.parametrize("name", ["number", "religion"])
+def test_sentences_of_a_shipped_feature_serve_to_choose_and_to_judge(name):
+    texts = open_texts(name)
+
+    data = feature_data(name)
+    half = len(texts) // 2
+    assert half * 2 == len({*texts})
+    for part, split in ((texts[:half], "validation"), (texts[half:], "test")):
+        classes: dict[str, set[str]] = {}
+        for text, label in zip(data[split]["text"], data[split]["factual_class"], strict=True):
+            classes.setdefault(text, set()).add(label)
+        assert all(classes[text] == {*data["train"]["factual_class"]} for text in part)
+
+
+def test_sentences_that_tell_the_class_are_refused():
+    with pytest.raises(DataError, match="those of 'gender' tell it"):
+        open_texts("gender")
 
 
 def test_decoding_gender_needs_no_texts(run, trained, tmp_path):
