@@ -18,12 +18,12 @@ _HONOURED = {
     "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "do_train", "do_eval", "do_predict",
     "resume_from_checkpoint", "overwrite_output_dir", "eval_delay", "trackio_space_id",
-    "gradient_checkpointing", "activation_checkpointing",
+    "gradient_checkpointing", "activation_checkpointing", "torch_compile",
 }  # fmt: skip
 # What each solver (or option) alone reads: "adamw" has steps, the closed form has none.
 _OF_ADAMW = (
     "n_seeds", "warm_start", "max_steps", "num_train_epochs", "learning_rate", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "decoder_initialization",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "decoder_initialization", "torch_compile",
 )  # fmt: skip
 _OF_CLOSED_FORM = ("calibration_fraction", "accumulator_dtype", "accumulator_device")
 
@@ -31,6 +31,9 @@ _OF_CLOSED_FORM = ("calibration_fraction", "accumulator_dtype", "accumulator_dev
 @dataclass
 class GradiendTrainingArguments(TrainingArguments):
     """Arguments of `GradiendTrainer`; only what it adds to `transformers.TrainingArguments`.
+
+    `torch_compile` compiles AdamW's update, which then takes a third of the time; the compilation
+    takes a minute at most, and wants a C++ compiler or, on a GPU, Triton.
 
     The defaults of `learning_rate` (1e-5), `weight_decay` (1e-2), `adam_epsilon` (1e-8) and batch
     size (32) are the paper's (section 4, "Training"), without a schedule. An argument of

@@ -271,6 +271,7 @@ class AdamWSolver:
                 n_selected=problem.selection.n_selected,
                 # Whole GRADIENDs are the same on all processes: there is nothing to exchange.
                 total=share.sum if share.sharded else lambda tensor: tensor,
+                compiled=args.torch_compile,
             )
             for k in range(args.n_seeds)
         ]

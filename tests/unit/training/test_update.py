@@ -88,6 +88,25 @@ def test_five_steps_equal_autograd_with_torch_adamw(layout):
     assert largest_difference(fused, start) > 0.03  # the control: five steps of 0.01 were made
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize("field", [None, "learning_rate", "weight_decay", "beta1", "epsilon"])
+def test_the_compiled_update_is_the_same(field):
+    settings = AdamWSettings(**{**vars(SETTINGS), **({field: 0.5} if field else {})})
+    compiled, plain, start = (a_gradiend("several") for _ in range(3))
+    steps = [some_gradients(start, seed) for seed in range(5)]
+    step = FusedAdamW(compiled, settings, compiled=True).step
+
+    found = [step(source, target) for source, target in steps]
+
+    expected = textbook(plain, settings, steps)
+    assert [number for pair in found for number in pair] == pytest.approx(
+        [number for pair in expected for number in pair], rel=1e-4
+    )
+    assert largest_difference(compiled, plain) < 50 * TOLERANCE
+    assert largest_difference(compiled, start) > 0.03  # the control
+
+
 @pytest.mark.parametrize("block", [1, 2, 5])
 def test_the_size_of_a_block_makes_no_difference(monkeypatch, block):
     blocked, plain = a_gradiend("several"), a_gradiend("several")
