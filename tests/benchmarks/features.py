@@ -4,8 +4,8 @@
                                         [--output_dir DIR] [--draws 2]
 
 Learns each pair of classes of a feature (`train_contrasts`) and reads templates that were held out.
-The control is the same training where in half of the texts of each group of words the classes have
-changed places, so that no word tells the class. It is read on held-out texts whose classes have
+The control is the same training where by the throw of a coin the classes of a text have changed
+places or not, so that no word tells the class. It is read on held-out texts whose classes have
 changed places likewise (`control`: what can be learned of such classes at all), and on the true
 classes (`against true`: to which side the direction that is left happens to lean; of either sign).
 A draw for which training refuses to give an encoder, since the classes' means come out in the wrong
@@ -65,22 +65,18 @@ def drawn(rows: Dataset, number: int = N_TEST) -> Dataset:
 
 
 def shuffled(rows: Dataset, seed: int) -> Dataset:
-    """The same rows of one pair; in half of the texts of each group the classes change places.
+    """The same rows of one pair; by the throw of a coin a text's classes change places.
 
-    A group is the texts with the same two words and the same of them as factual. A sentence that
-    stands there with both words is one text: either both change, or none.
+    A sentence that stands there with both words is one text: either both change, or none.
     """
     generator = torch.Generator().manual_seed(seed)
     texts: dict[tuple, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         texts[row["text"], frozenset((row["factual"], row["counterfactual"]))].append(number)
-    groups: dict[tuple, list[list[int]]] = defaultdict(list)
-    for (_, words), numbers in texts.items():
-        groups[words, frozenset(rows[number]["factual"] for number in numbers)].append(numbers)
-    changed: set[int] = set()
-    for group in groups.values():
-        for place in torch.randperm(len(group), generator=generator)[: len(group) // 2].tolist():
-            changed.update(group[place])
+    heads = torch.rand(len(texts), generator=generator) < 0.5
+    changed = [
+        n for numbers, head in zip(texts.values(), heads, strict=True) if head for n in numbers
+    ]
     own, other = rows["factual_class"][:], rows["counterfactual_class"][:]
     for number in changed:
         own[number], other[number] = other[number], own[number]
