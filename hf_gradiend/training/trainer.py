@@ -31,6 +31,8 @@ from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.checkpoints import (
+    STATE,
+    best_beside,
     checkpoints_in,
     load_solver,
     remove_leftovers,
@@ -441,7 +443,7 @@ class GradiendTrainer:
     def _load_best(self, solver: Solver) -> int | None:
         best = self.state.best_model_checkpoint
         if best is not None and self.state.best_global_step != self.state.global_step:
-            load_solver(Path(best), solver, self.share)
+            load_solver(Path(best), solver, self.share, self._run)
         return self.state.best_global_step if best else None
 
     def _resume(self, solver: Solver, folder: Path, *, wanted: bool | str) -> None:
@@ -450,7 +452,19 @@ class GradiendTrainer:
         else:
             path = [folder / "checkpoint-*", *checkpoints_in(folder)][-1]
         load_solver(path, solver, self.share, self._run)
-        self._begin(TrainerState.load_from_json(str(path / "trainer_state.json")), solver)
+        state = TrainerState.load_from_json(str(path / STATE))
+        before, best = state.best_model_checkpoint, best_beside(path, state.best_model_checkpoint)
+        if not self.args.load_best_model_at_end:
+            best = None
+        elif best is None:  # of the steps from here on
+            state.best_metric = state.best_global_step = None
+            if before is not None:
+                logger.warning(
+                    "The best checkpoint until step %d, %s, is gone: the best later one is kept.",
+                    state.global_step, before,
+                )  # fmt: skip
+        state.best_model_checkpoint = None if best is None else str(best)
+        self._begin(state, solver)
 
 
 def training_summary(result: TrainingResult) -> dict[str, object]:

@@ -577,6 +577,80 @@ def test_resuming_with_other_arguments_or_data_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def stopped_after_its_best(planted_bert, trainer_of, tmp_path, monkeypatch):
+    """Settings of a run with its best step in the middle, that step, and the step it stopped at."""
+    settings = {
+        "solver": "adamw", "max_steps": 24, "learning_rate": 0.05, "eval_steps": 2, "save_steps": 2,
+    }  # fmt: skip
+    best = trainer_of(planted_bert, output_dir=str(tmp_path / "whole"), **settings).train()
+    assert 2 < best.best_step < 20  # the control: neither the first nor the last is the best
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_of(
+        planted_bert, output_dir="run", callbacks=[Stop(best.best_step + 3)], **settings
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return settings, best.best_step, best.best_step + 3
+
+
+@pytest.mark.parametrize("place", ["run", "moved"])
+def test_the_best_checkpoint_is_found_under_another_path(
+    planted_bert, trainer_of, tmp_path, stopped_after_its_best, place
+):
+    settings, best_step, _ = stopped_after_its_best
+    (tmp_path / "run").rename(tmp_path / place)
+    again = trainer_of(planted_bert, output_dir=str(tmp_path / place), **settings)
+
+    result = again.train(resume_from_checkpoint=True)
+
+    assert result.best_step == best_step
+    assert_same_bits(again.model, GradiendModel.from_pretrained(tmp_path / "whole"))
+
+
+def test_resuming_without_the_best_keeps_the_last(
+    planted_bert, trainer_of, tmp_path, stopped_after_its_best
+):
+    settings, *_ = stopped_after_its_best
+    settings["load_best_model_at_end"] = False
+    last = trainer_of(planted_bert, output_dir=str(tmp_path / "last"), **settings)
+    last.train()
+    again = trainer_of(planted_bert, output_dir="run", **settings)
+
+    result = again.train(resume_from_checkpoint=True)
+
+    assert result.best_step is None
+    assert_same_bits(again.model, last.model)
+
+
+def test_where_the_best_checkpoint_is_gone_the_best_later_one_is_kept(
+    planted_bert, trainer_of, tmp_path, stopped_after_its_best, caplog
+):
+    settings, best_step, stopped_at = stopped_after_its_best
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{best_step}")
+    again = trainer_of(planted_bert, output_dir="run", **settings)
+
+    result = again.train(resume_from_checkpoint=True)
+
+    assert result.best_step == stopped_at + 1
+    assert f"checkpoint-{best_step}, is gone" in caplog.text
+
+
+def test_a_best_checkpoint_of_another_run_is_refused(
+    planted_bert, trainer_of, tmp_path, stopped_after_its_best
+):
+    settings, best_step, stopped_at = stopped_after_its_best
+    own = tmp_path / "run" / f"checkpoint-{stopped_at}"
+    own.rename(tmp_path / "kept")
+    other = {**settings, "learning_rate": 0.01, "max_steps": best_step}
+    trainer_of(planted_bert, output_dir="run", **other).train()
+    (tmp_path / "kept").rename(own)
+    again = trainer_of(planted_bert, output_dir="run", **settings)
+
+    with pytest.raises(ConfigError, match="made with other arguments"):
+        again.train(resume_from_checkpoint=str(own))
+
+
 def test_resuming_without_a_checkpoint_is_an_error(planted_bert, trainer_of, tmp_path):
     with pytest.raises(ConfigError, match="none at"):
         trainer_of(planted_bert).train(resume_from_checkpoint=True)
