@@ -57,8 +57,8 @@ class GradiendTrainingArguments(TrainingArguments):
         accumulator_device: Where these sums are: `"cpu"`, or `"base_model"` for its device, which
             spares the gradients' way from a GPU.
         n_seeds: Number of random starts of `adamw`, trained side by side on the same gradients; the
-            best by validation correlation is kept.
-        warm_start: Start `adamw` from the closed form of its first `prune_texts` texts.
+            best by validation correlation is kept, so that evaluation data are needed.
+        warm_start: Start `adamw` from the closed form of `prune_texts` texts, instead of at random.
         decoder_initialization: `"zeros"` or `"uniform"` (the paper's).
         max_length: Longest input in tokens; `None` for the model's limit, at most 256.
         max_eval_texts: Number of validation texts for evaluations during training, balanced over
@@ -186,6 +186,8 @@ class GradiendTrainingArguments(TrainingArguments):
             unread = dict.fromkeys(_OF_ADAMW, "with the closed form (it takes no steps)")
         elif not self.warm_start:
             unread = dict.fromkeys(_OF_CLOSED_FORM, "without the closed form or warm_start")
+        if self.solver == "adamw" and self.warm_start:  # one start, and it is not drawn
+            unread |= dict.fromkeys(("n_seeds", "decoder_initialization"), "with warm_start")
         if self.prune_fraction is None and not self.warm_start:
             unread["prune_texts"] = "without prune_fraction or warm_start"
         problems += [

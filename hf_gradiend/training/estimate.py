@@ -433,7 +433,6 @@ class _Held:
         n_sides = len({args.source, args.target})
         with_moments = self.gradiend + 6 * 4 * n
         self.steps = args.n_seeds * with_moments + n_sides * 4 * n + indices
-        self.steps += self.gradiend if args.warm_start else 0
         self.checkpoint = args.n_seeds * 9 * 4 * n
 
 

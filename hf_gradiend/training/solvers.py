@@ -1,6 +1,5 @@
 """The two solvers, behind one interface: a number of steps, a state to save, a model at the end."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -244,7 +243,8 @@ class AdamWSolver:
 
     Args:
         problem: What to learn from.
-        start: GRADIEND to start every seed from; `None` for random starts.
+        start: GRADIEND to start from, which is updated in place; `None` for a random start of each
+            seed.
     """
 
     def __init__(self, problem: TrainingProblem, start: GradiendModel | None = None) -> None:
@@ -266,7 +266,7 @@ class AdamWSolver:
         self.same_everywhere = not share.sharded
         self.updates = [
             FusedAdamW(
-                copy.deepcopy(start) if start else random_start(problem, args.seed + k),
+                start or random_start(problem, args.seed + k),
                 settings,
                 n_selected=problem.selection.n_selected,
                 # Whole GRADIENDs are the same on all processes: there is nothing to exchange.

@@ -129,6 +129,11 @@ class GradiendTrainer:
         neutral_texts: Sequence[str] | None = None,
     ) -> None:
         check_base_model(base_model)
+        if args.n_seeds > 1 and eval_dataset is None:
+            raise ConfigError(
+                f"Expected evaluation data to choose the best of {args.n_seeds} seeds on, but got "
+                f"none. Pass eval_dataset, or leave n_seeds out."
+            )
         self.base_model = base_model
         self.processing_class = processing_class
         self.args = args

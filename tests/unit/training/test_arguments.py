@@ -58,6 +58,11 @@ def test_an_argument_that_would_be_ignored_is_an_error_that_names_it(name, value
         ({"prune_texts": 10}, "prune_texts"),
         ({"solver": "adamw", "prune_texts": 10}, "prune_texts"),
         ({"solver": "adamw", "calibration_fraction": 0.5}, "calibration_fraction"),
+        ({"solver": "adamw", "warm_start": True, "n_seeds": 2}, "n_seeds"),
+        (
+            {"solver": "adamw", "warm_start": True, "decoder_initialization": "uniform"},
+            "decoder_initialization",
+        ),
     ],
 )
 def test_an_argument_that_this_solver_would_ignore_is_an_error(settings, name):

@@ -429,6 +429,14 @@ def test_a_share_of_all_steps_is_a_number_of_steps(planted_bert, trainer_of):
     assert [log["step"] for log in result.history if "loss" in log] == [5, 10]
 
 
+def test_several_seeds_without_texts_to_choose_one_on_are_an_error(planted_bert, trainer_of):
+    settings = {"solver": "adamw", "n_seeds": 2}
+    trainer_of(planted_bert, **settings)  # the control
+
+    with pytest.raises(ConfigError, match="choose the best of 2 seeds"):
+        trainer_of(planted_bert, evaluate=False, **settings)
+
+
 # ---- interruption and resuming ----
 
 
