@@ -157,6 +157,8 @@ class GradiendTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0.0 < value <= 1.0:
                 problems.append(f"{name} to be in (0, 1], but got {value!r}")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            problems.append(f"num_train_epochs above 0, but got {self.num_train_epochs!r}")
         if not 0.0 < self.calibration_fraction < 1.0:
             value = self.calibration_fraction
             problems.append(f"calibration_fraction to be in (0, 1), but got {value!r}")

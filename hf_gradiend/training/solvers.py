@@ -251,10 +251,7 @@ class AdamWSolver:
         args = problem.args
         self.problem = problem
         self.texts = {sign: problem.texts.of_sign(sign) for sign in (+1, -1)}
-        n_batches = max(1, len(problem.texts.texts) // problem.batch_size)
-        self.n_steps = (
-            args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * n_batches)
-        )
+        self.n_steps = adamw_steps(args, len(problem.texts.texts), problem.batch_size)
         settings = AdamWSettings(
             args.learning_rate,
             args.weight_decay,
@@ -333,6 +330,19 @@ class AdamWSolver:
         for held in self.values.values():
             for tensor in held.values():
                 self.problem.reduce(tensor)
+
+
+def adamw_steps(args: GradiendTrainingArguments, n_texts: int, batch_size: int) -> int:
+    """Number of steps of `adamw`, at least one.
+
+    Args:
+        args: Training arguments; `max_steps` goes before `num_train_epochs`.
+        n_texts: Number of training texts.
+        batch_size: Texts per step over all processes.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    return max(1, round(args.num_train_epochs * max(1, n_texts // batch_size)))
 
 
 def build_gradiend(

@@ -113,6 +113,8 @@ def test_arguments_with_an_effect_pass(settings):
         ("calibration_fraction", 0.0),
         ("calibration_fraction", 1.0),
         ("n_seeds", 0),
+        ("num_train_epochs", 0.0),
+        ("num_train_epochs", float("nan")),
         ("max_train_texts", 0),
         ("max_eval_texts", -1),
         ("max_length", 0),

@@ -28,6 +28,7 @@ SETTINGS = [
     {"solver": "adamw", "max_steps": 7, "eval_steps": 3, "save_steps": 3},
     {"solver": "adamw", "max_steps": 5, "n_seeds": 2},
     {"solver": "adamw", "max_steps": 5, "warm_start": True, "prune_texts": 20},
+    {"solver": "adamw", "max_steps": -1, "num_train_epochs": 0.01},
     {"solver": "adamw", "max_steps": 2, "evaluate": False, "max_eval_texts": 40,
      "eval_strategy": "no", "load_best_model_at_end": False},
     {"solver": "adamw", "max_steps": 4, "prune_fraction": 0.1, "prune_texts": 20,
