@@ -109,10 +109,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Train, evaluate on the validation and test splits, write the GRADIEND and report.json.
 
     Raises:
-        ConfigError: If an estimate is asked for of several contrasts.
+        ConfigError: If an estimate is asked for of several contrasts, or either of a resumed run.
     """
     if args.estimate and args.contrasts is not None:
         raise ConfigError("Expected --estimate without --contrasts, which it does not cover.")
+    for name in ("estimate", "contrasts"):
+        if args.resume and getattr(args, name):
+            raise ConfigError(f"Expected --resume without --{name}, which starts anew.")
     folder = Path(args.output_dir) if args.estimate else writable_folder(args.output_dir)
     given = {
         theirs: getattr(args, ours)

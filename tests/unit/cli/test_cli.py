@@ -169,6 +169,17 @@ def test_an_estimate_of_contrasts_is_refused_before_anything_is_loaded(run, tmp_
     assert "--estimate without --contrasts" in err
 
 
+@pytest.mark.parametrize("other", [["--estimate"], ["--contrasts", "pairs"]], ids=str)
+def test_what_starts_anew_does_not_resume(run, tmp_path, other):
+    code, _, err = run(
+        "train", "--base_model", tmp_path / "none", "--dataset", tmp_path / "none",
+        "--output_dir", tmp_path / "out", "--resume", *other,
+    )  # fmt: skip
+
+    assert code == 2
+    assert f"--resume without {other[0]}" in err
+
+
 def test_encoding_reads_the_split_and_writes_its_rows(run_json, place, trained, tmp_path):
     result = run_json("encode", "--gradiend", trained, "--dataset", place / "data.jsonl",
                       "--output", tmp_path / "rows" / "encoded.jsonl")  # fmt: skip

@@ -106,7 +106,7 @@ def test_the_passes_of_an_estimate_are_those_of_the_training(trainer_of, monkeyp
     if not warm_start:
         assert steps == passes["gradients"]
     assert estimated["saving"] == 0
-    assert passes["gradients"] > 1
+    assert passes["gradients"] > 0
     assert passes["readings"] > 1
 
 
