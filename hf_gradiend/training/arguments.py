@@ -129,6 +129,11 @@ class GradiendTrainingArguments(TrainingArguments):
         names = ("activation_checkpointing", "gradient_checkpointing")
         return any(bool(getattr(self, name, False)) for name in names)
 
+    @property
+    def makes_closed_form(self) -> bool:
+        """Whether a closed form is made, as the result or as the start of `adamw`."""
+        return self.solver == "closed_form" or self.warm_start
+
     def _not_offered(self) -> list[str]:
         problems: list[str] = []
         for name, allowed in (

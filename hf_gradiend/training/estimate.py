@@ -209,7 +209,7 @@ class _Probe:
         # Without validation texts, those of the training tell the sign.
         some_texts = trainer.train_texts.balanced(args.max_eval_texts, args.seed)
         validation = (trainer.eval_texts or some_texts).prepared()
-        fitting = self._calibrated(trainer.train_texts)
+        fitting = self._calibrated(trainer.train_texts) if args.makes_closed_form else []
         reading_seconds, working = self._readings([validation, *fitting, *report_texts])
         working += self._tangent_bytes()
         if args.warm_start:

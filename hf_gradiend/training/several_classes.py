@@ -210,7 +210,7 @@ def _together(
         train_dataset, processing_class, objective, args.feature_classes, max_length=args.max_length
     ).balanced(args.max_train_texts, args.seed)
     fitted, calibration = texts.split(args.calibration_fraction, args.seed)
-    neutral = neutral_to_fit(neutral_texts, processing_class, objective)
+    neutral = neutral_to_fit(neutral_texts, processing_class, objective, max_length=args.max_length)
     selection = select_parameters(base_model, args.parameters)
     pad = pad_token_id_of(processing_class)
     sums = _class_sums(base_model, selection, fitted, pad, args)

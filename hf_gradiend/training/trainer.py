@@ -153,8 +153,15 @@ class GradiendTrainer:
             if eval_dataset is None
             else self._labelled(eval_dataset).balanced(args.max_eval_texts, args.seed)
         )
-        self.neutral_texts = neutral_to_fit(
-            neutral_texts, processing_class, objective_of(base_model)
+        self.neutral_texts = (
+            neutral_to_fit(
+                neutral_texts,
+                processing_class,
+                objective_of(base_model),
+                max_length=args.max_length,
+            )
+            if args.makes_closed_form
+            else None
         )
         self.selection = select_parameters(base_model, args.parameters)
         own = Share(

@@ -437,6 +437,29 @@ def test_several_seeds_without_texts_to_choose_one_on_are_an_error(planted_bert,
         trainer_of(planted_bert, evaluate=False, **settings)
 
 
+@pytest.mark.parametrize("max_length", [None, 24])
+def test_neutral_texts_are_no_longer_than_the_others(planted_bert, arguments, max_length):
+    planted_bert.tokenizer.model_max_length = 10**30  # as of a model that does not say its limit
+    long = [
+        " ".join(["the nurse said that she was late because"] * 20) + " .",
+        "he was tired . " * 40,
+    ]
+    args = arguments(max_length=max_length)
+
+    trainer = GradiendTrainer(
+        planted_bert.model, planted_bert.tokenizer, args, planted_bert.data["train"],
+        neutral_texts=long,
+    )  # fmt: skip
+
+    lengths = [text.length for text in trainer.neutral_texts]
+    assert len(lengths) == 2
+    if max_length is None:
+        assert min(lengths) > 64  # the control: more than the model can read
+    else:
+        assert max(lengths) <= max_length
+        trainer.train()
+
+
 # ---- interruption and resuming ----
 
 
@@ -600,6 +623,21 @@ def stopped_after_its_best(planted_bert, trainer_of, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     return settings, best.best_step, best.best_step + 3
+
+
+def test_neutral_texts_that_adamw_does_not_read_do_not_decide_whether_it_resumes(
+    planted_bert, arguments
+):
+    parts = planted_bert.model, planted_bert.tokenizer
+    args = arguments(solver="adamw", max_steps=4, eval_steps=2, save_steps=2)
+    data = planted_bert.data["train"], planted_bert.data["validation"]
+    with pytest.raises(KeyboardInterrupt):
+        GradiendTrainer(*parts, args, *data, [Stop(3)]).train()
+    texts = ["the doctor took the red coat home .", "the day was long because the rain began ."]
+
+    again = GradiendTrainer(*parts, args, *data, neutral_texts=texts)
+
+    assert again.train(resume_from_checkpoint=True).global_step == 4
 
 
 @pytest.mark.parametrize("place", ["run", "moved"])
