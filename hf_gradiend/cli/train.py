@@ -145,7 +145,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     trained = trainer.train(resume_from_checkpoint=args.resume or None)
     splits, started = held_out(data), time.perf_counter()
     encoder = read_encoder(
-        trainer.model, base_model, tokenizer, splits, neutral_texts=unseen, progress=not args.json
+        trainer.model,
+        base_model,
+        tokenizer,
+        splits,
+        neutral_texts=unseen,
+        max_length=args.max_length,
+        progress=not args.json,
     )
     report_seconds = time.perf_counter() - started
     report = build_report(
@@ -184,7 +190,9 @@ def _estimated(
     if sorted(words_of_classes(trainer.train_dataset).values()) == sorted(GENDER_WORDS):
         rows.append(transfer_pairs())
     tokenizer, objective = trainer.processing_class, objective_of(trainer.base_model)
-    found = estimate_training(trainer, [prepare_texts(r, tokenizer, objective) for r in rows])
+    longest = trainer.args.max_length
+    read = [prepare_texts(r, tokenizer, objective, max_length=longest) for r in rows]
+    found = estimate_training(trainer, read)
     if not quiet:
         print(_plan(found))
     return {

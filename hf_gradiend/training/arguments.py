@@ -216,12 +216,17 @@ def _as_parsed(value: object) -> object:
 
 def settings_of(arguments: GradiendTrainingArguments) -> dict[str, object]:
     """The settings that decide what is learned, for reports: plain JSON values."""
-    names = ["solver", "parameters", "source", "target", "max_train_texts", "top_k", "seed"]
-    if arguments.solver == "closed_form":
-        names += ["calibration_fraction"]
-    else:
+    names = [
+        "solver", "parameters", "source", "target", "max_train_texts", "prune_fraction", "top_k",
+        "seed",
+    ]  # fmt: skip
+    if arguments.makes_closed_form:
+        names += ["calibration_fraction", "accumulator_dtype"]
+    if arguments.solver == "adamw":
         names += [
             "max_steps", "num_train_epochs", "learning_rate", "weight_decay",
-            "per_device_train_batch_size", "n_seeds", "prune_fraction", "warm_start",
+            "per_device_train_batch_size", "n_seeds", "warm_start", "decoder_initialization",
         ]  # fmt: skip
+    if arguments.prune_fraction is not None or arguments.warm_start:
+        names += ["prune_texts"]
     return {name: getattr(arguments, name) for name in names}
