@@ -126,7 +126,8 @@ def parts_by_length(texts: Sequence[PreparedText]) -> list[list[PreparedText]]:
     """Texts in parts of similar length, each of one forward pass; the longest texts first.
 
     A part holds at most `TOKENS_PER_PASS` tokens (or one text), so that little is padded and the
-    activations stay small however long the texts are.
+    activations stay small however long the texts are. A text counts once: words of several tokens,
+    which each have an input of their own, take up to as many times more as there are words.
     """
     left = sorted(texts, key=lambda text: -text.length)
     parts: list[list[PreparedText]] = []
