@@ -71,6 +71,7 @@ def learn_contrasts(
             splits,
             neutral_texts=unseen,
             other_texts=other_rows(contrast, list(held_out(data).values())[-1]),
+            max_length=args.max_length,
             progress=not args.json,
         )
         report = build_report(

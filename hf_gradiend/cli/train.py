@@ -109,10 +109,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Train, evaluate on the validation and test splits, write the GRADIEND and report.json.
 
     Raises:
-        ConfigError: If an estimate is asked for of several contrasts.
+        ConfigError: If an estimate is asked for of several contrasts, or either of a resumed run.
     """
     if args.estimate and args.contrasts is not None:
         raise ConfigError("Expected --estimate without --contrasts, which it does not cover.")
+    for name in ("estimate", "contrasts"):
+        if args.resume and getattr(args, name):
+            raise ConfigError(f"Expected --resume without --{name}, which starts anew.")
     folder = Path(args.output_dir) if args.estimate else writable_folder(args.output_dir)
     given = {
         theirs: getattr(args, ours)
@@ -142,7 +145,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     trained = trainer.train(resume_from_checkpoint=args.resume or None)
     splits, started = held_out(data), time.perf_counter()
     encoder = read_encoder(
-        trainer.model, base_model, tokenizer, splits, neutral_texts=unseen, progress=not args.json
+        trainer.model,
+        base_model,
+        tokenizer,
+        splits,
+        neutral_texts=unseen,
+        max_length=args.max_length,
+        progress=not args.json,
     )
     report_seconds = time.perf_counter() - started
     report = build_report(
@@ -181,7 +190,9 @@ def _estimated(
     if sorted(words_of_classes(trainer.train_dataset).values()) == sorted(GENDER_WORDS):
         rows.append(transfer_pairs())
     tokenizer, objective = trainer.processing_class, objective_of(trainer.base_model)
-    found = estimate_training(trainer, [prepare_texts(r, tokenizer, objective) for r in rows])
+    longest = trainer.args.max_length
+    read = [prepare_texts(r, tokenizer, objective, max_length=longest) for r in rows]
+    found = estimate_training(trainer, read)
     if not quiet:
         print(_plan(found))
     return {

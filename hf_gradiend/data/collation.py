@@ -266,6 +266,7 @@ def batches_by_length(
 
     A batch ends early where the next text would bring it beyond `TOKENS_OF_A_BATCH`, or, once it
     holds eight texts, where the next text would be padded by more than a third of its length.
+    A text counts once there, though words of several tokens each have an input of their own.
 
     Args:
         texts: Tokenised texts.

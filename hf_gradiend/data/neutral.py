@@ -63,6 +63,8 @@ def neutral_to_fit(
     texts: Sequence[str] | None,
     processing_class: PreTrainedTokenizerBase,
     objective: Objective,
+    *,
+    max_length: int | None = None,
 ) -> PreparedTexts | None:
     """Neutral words that an encoder is fitted on, to be read as 0.
 
@@ -71,6 +73,7 @@ def neutral_to_fit(
             of the split `train`.
         processing_class: Tokenizer of the base model.
         objective: `"masked"` or `"causal"`.
+        max_length: Longest input in tokens; `None` for the model's limit, at most 256.
 
     Returns:
         Readings of each text's own word and of another, numbered from 0. Words that the tokenizer
@@ -83,7 +86,7 @@ def neutral_to_fit(
     readings: list[PreparedText] = []
     for row in neutral_readings(own[:N_FITTED]):
         with suppress(DataError):
-            readings += prepare_texts([row], processing_class, objective)
+            readings += prepare_texts([row], processing_class, objective, max_length=max_length)
     if not readings:
         logger.warning(
             "The tokenizer knows none of the neutral words, so that the encoder is fitted without. "

@@ -74,7 +74,7 @@ def feature_words(gradiend: GradiendModel) -> tuple[list[str], list[str]]:
     return list(config.feature_words[positive]), list(config.feature_words[negative])
 
 
-def read_encoder(
+def read_encoder(  # noqa: PLR0913 - a model, its texts, and how to run
     gradiend: GradiendModel,
     base_model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
@@ -82,6 +82,7 @@ def read_encoder(
     *,
     neutral_texts: Sequence[str] | None = None,
     other_texts: Dataset | None = None,
+    max_length: int | None = None,
     progress: bool = True,
 ) -> EncoderReport:
     """`evaluate_encoder` with the package's own neutral texts and, for gender, its transfer pairs.
@@ -93,6 +94,7 @@ def read_encoder(
         splits: Feature data sets by name.
         neutral_texts: Texts without the feature; `None` for the package's own.
         other_texts: Texts of other classes than the GRADIEND's two.
+        max_length: Longest input in tokens; `None` for the model's limit, at most 256.
         progress: Show progress bars.
     """
     if neutral_texts is None:
@@ -105,6 +107,7 @@ def read_encoder(
         neutral_texts,
         transfer=_oriented_transfer(gradiend) if is_gender(gradiend) else None,
         other_texts=other_texts,
+        max_length=max_length,
         progress=progress,
     )
 

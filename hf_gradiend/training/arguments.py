@@ -60,8 +60,8 @@ class GradiendTrainingArguments(TrainingArguments):
         accumulator_device: Where these sums are: `"cpu"`, or `"base_model"` for its device, which
             spares the gradients' way from a GPU.
         n_seeds: Number of random starts of `adamw`, trained side by side on the same gradients; the
-            best by validation correlation is kept.
-        warm_start: Start `adamw` from the closed form of its first `prune_texts` texts.
+            best by validation correlation is kept, so that evaluation data are needed.
+        warm_start: Start `adamw` from the closed form of `prune_texts` texts, instead of at random.
         decoder_initialization: `"zeros"` or `"uniform"` (the paper's).
         max_length: Longest input in tokens; `None` for the model's limit, at most 256.
         max_eval_texts: Number of validation texts for evaluations during training, balanced over
@@ -132,6 +132,11 @@ class GradiendTrainingArguments(TrainingArguments):
         names = ("activation_checkpointing", "gradient_checkpointing")
         return any(bool(getattr(self, name, False)) for name in names)
 
+    @property
+    def makes_closed_form(self) -> bool:
+        """Whether a closed form is made, as the result or as the start of `adamw`."""
+        return self.solver == "closed_form" or self.warm_start
+
     def _not_offered(self) -> list[str]:
         problems: list[str] = []
         for name, allowed in (
@@ -160,6 +165,8 @@ class GradiendTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0.0 < value <= 1.0:
                 problems.append(f"{name} to be in (0, 1], but got {value!r}")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            problems.append(f"num_train_epochs above 0, but got {self.num_train_epochs!r}")
         if not 0.0 < self.calibration_fraction < 1.0:
             value = self.calibration_fraction
             problems.append(f"calibration_fraction to be in (0, 1), but got {value!r}")
@@ -189,6 +196,8 @@ class GradiendTrainingArguments(TrainingArguments):
             unread = dict.fromkeys(_OF_ADAMW, "with the closed form (it takes no steps)")
         elif not self.warm_start:
             unread = dict.fromkeys(_OF_CLOSED_FORM, "without the closed form or warm_start")
+        if self.solver == "adamw" and self.warm_start:  # one start, and it is not drawn
+            unread |= dict.fromkeys(("n_seeds", "decoder_initialization"), "with warm_start")
         if self.prune_fraction is None and not self.warm_start:
             unread["prune_texts"] = "without prune_fraction or warm_start"
         problems += [
@@ -210,12 +219,17 @@ def _as_parsed(value: object) -> object:
 
 def settings_of(arguments: GradiendTrainingArguments) -> dict[str, object]:
     """The settings that decide what is learned, for reports: plain JSON values."""
-    names = ["solver", "parameters", "source", "target", "max_train_texts", "top_k", "seed"]
-    if arguments.solver == "closed_form":
-        names += ["calibration_fraction"]
-    else:
+    names = [
+        "solver", "parameters", "source", "target", "max_train_texts", "prune_fraction", "top_k",
+        "seed",
+    ]  # fmt: skip
+    if arguments.makes_closed_form:
+        names += ["calibration_fraction", "accumulator_dtype"]
+    if arguments.solver == "adamw":
         names += [
             "max_steps", "num_train_epochs", "learning_rate", "weight_decay",
-            "per_device_train_batch_size", "n_seeds", "prune_fraction", "warm_start",
+            "per_device_train_batch_size", "n_seeds", "warm_start", "decoder_initialization",
         ]  # fmt: skip
+    if arguments.prune_fraction is not None or arguments.warm_start:
+        names += ["prune_texts"]
     return {name: getattr(arguments, name) for name in names}

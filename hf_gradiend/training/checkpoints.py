@@ -47,6 +47,24 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
 
 
+def best_beside(path: Path, best: str | None) -> Path | None:
+    """Where the best checkpoint is now: beside the one to go on from, or where it was.
+
+    A run's folder may have been moved since, or be named by another path.
+
+    Args:
+        path: The checkpoint to go on from.
+        best: The best one when that was written; `None` for none.
+
+    Returns:
+        Its folder; `None` where there is none any more.
+    """
+    if best is None:
+        return None
+    places = (path.parent / Path(best).name, Path(best))
+    return next((place for place in places if (place / STATE).is_file()), None)
+
+
 def save_checkpoint(
     path: Path, solver: Solver, state: TrainerState, run: str, share: Share
 ) -> None:
@@ -78,14 +96,14 @@ def save_checkpoint(
             shutil.rmtree(fresh, ignore_errors=True)
 
 
-def load_solver(path: Path, solver: Solver, share: Share, run: str | None = None) -> None:
+def load_solver(path: Path, solver: Solver, share: Share, run: str) -> None:
     """Put a solver back to a checkpoint.
 
     Args:
         path: The checkpoint's folder.
         solver: The solver.
         share: This process among the others.
-        run: What `run_digest` gives; `None` for a checkpoint of this very call.
+        run: What `run_digest` gives.
 
     Raises:
         ConfigError: If there is no checkpoint, or it was made with other arguments, data, weights
@@ -101,10 +119,10 @@ def load_solver(path: Path, solver: Solver, share: Share, run: str | None = None
     if file_name.is_file():
         with safe_open(file_name, framework="pt") as file, torch.no_grad():
             made_with = (file.metadata() or {}).get("run")
-            if run in {made_with, None}:
+            if run == made_with:
                 for name, tensor in solver.state_tensors().items():
                     tensor.copy_(file.get_tensor(name))
-    if made_with is None or run not in {made_with, None}:
+    if made_with != run:
         raise ConfigError(
             f"Expected a checkpoint of this run, but {str(path)!r} was made with other "
             f"arguments, data or weights, or other processes. Use the same ones, or train without "
@@ -115,9 +133,9 @@ def load_solver(path: Path, solver: Solver, share: Share, run: str | None = None
 def rotate(folder: Path, limit: int, best: str | None) -> None:
     """Remove the oldest checkpoints above a number, but neither the last nor the best."""
     checkpoints = checkpoints_in(folder)
-    kept = {checkpoints[-1], Path(best or checkpoints[-1])}
+    kept = {path.resolve() for path in (checkpoints[-1], Path(best or checkpoints[-1]))}
     for old in checkpoints[: max(0, len(checkpoints) - limit)]:
-        if old not in kept:
+        if old.resolve() not in kept:
             _remove(old)
 
 

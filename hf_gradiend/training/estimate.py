@@ -33,7 +33,7 @@ from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.pruning import pruning_groups
-from hf_gradiend.training.solvers import padded_parts
+from hf_gradiend.training.solvers import adamw_steps, padded_parts
 from hf_gradiend.training.texts import LabelledTexts, batch_at, one_pass
 from hf_gradiend.training.trainer import GradiendTrainer
 from hf_gradiend.training.update import AdamWSettings, FusedAdamW
@@ -209,7 +209,7 @@ class _Probe:
         # Without validation texts, those of the training tell the sign.
         some_texts = trainer.train_texts.balanced(args.max_eval_texts, args.seed)
         validation = (trainer.eval_texts or some_texts).prepared()
-        fitting = self._calibrated(trainer.train_texts)
+        fitting = self._calibrated(trainer.train_texts) if args.makes_closed_form else []
         reading_seconds, working = self._readings([validation, *fitting, *report_texts])
         working += self._tangent_bytes()
         if args.warm_start:
@@ -254,9 +254,7 @@ class _Probe:
         if args.solver == "closed_form":
             fitted, _ = texts.split(args.calibration_fraction, args.seed)
             return len(one_pass(fitted, size)), self._parts_of_pass(fitted)
-        n_steps = args.max_steps
-        if n_steps <= 0:
-            n_steps = round(args.num_train_epochs * max(1, len(texts.texts) // size))
+        n_steps = adamw_steps(args, len(texts.texts), size)
         of_sign = {sign: texts.of_sign(sign) for sign in (+1, -1)}
         seen = min(n_steps, STEPS_LOOKED_AT)
         batches = [batch_at(of_sign, k * n_steps // seen, size, args.seed) for k in range(seen)]
@@ -433,7 +431,6 @@ class _Held:
         n_sides = len({args.source, args.target})
         with_moments = self.gradiend + 6 * 4 * n
         self.steps = args.n_seeds * with_moments + n_sides * 4 * n + indices
-        self.steps += self.gradiend if args.warm_start else 0
         self.checkpoint = args.n_seeds * 9 * 4 * n
 
 

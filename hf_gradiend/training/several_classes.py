@@ -33,6 +33,12 @@ from hf_gradiend.training.setup import gradiend_config, words_of_classes
 from hf_gradiend.training.solvers import build_gradiend, padded_parts
 from hf_gradiend.training.trainer import GradiendTrainer
 
+# What the shared pass can do; with other values each contrast is trained on its own.
+SHARED_PASS = {
+    "solver": "closed_form", "source": "factual", "target": "diff", "prune_fraction": None,
+    "accumulator_dtype": "float32", "accumulator_device": "cpu", "shard": False,
+}  # fmt: skip
+
 
 class WordSums:
     """Sums of the gradients of each class's word over the texts of each pattern, float32.
@@ -62,7 +68,8 @@ class WordSums:
             held = self.sums[pattern, word]
 
             def add(name: str, gradient: Tensor) -> None:
-                held[name].add_(entries[name].gather(gradient), alpha=batch.n_texts)
+                values = entries[name].gather(gradient).to(held[name])
+                held[name].add_(values, alpha=batch.n_texts)
 
             return add
 
@@ -124,8 +131,9 @@ def train_contrasts(
     0 best: the difference of the means alone reads neutral words as one side wherever that side's
     gradients are the smaller ones.
 
-    The closed form with source factual and target diff shares the pass; with other arguments, each
-    contrast is trained by `GradiendTrainer` from its own rows, one after the other.
+    The closed form with source factual and target diff shares the pass. With other arguments of
+    that kind, with `prune_fraction`, `shard` or another accumulator, each contrast is trained by
+    `GradiendTrainer` from its own rows, one after the other.
 
     Args:
         base_model: Masked or causal language model with its head; left as it was.
@@ -150,8 +158,7 @@ def train_contrasts(
     if kind not in {"pairs", "rest"}:
         raise ConfigError(f"Expected the kind pairs or rest, but got {kind!r}.")
     names = args.feature_classes or sorted(set(train_dataset["factual_class"]))
-    shared = (args.solver, args.source, args.target) == ("closed_form", "factual", "diff")
-    if shared and args.prune_fraction is None:
+    if all(getattr(args, name) == value for name, value in SHARED_PASS.items()):
         learned = _together(base_model, processing_class, args, train_dataset, neutral_texts)
     else:
         learned = _one_by_one(
@@ -203,7 +210,7 @@ def _together(
         train_dataset, processing_class, objective, args.feature_classes, max_length=args.max_length
     ).balanced(args.max_train_texts, args.seed)
     fitted, calibration = texts.split(args.calibration_fraction, args.seed)
-    neutral = neutral_to_fit(neutral_texts, processing_class, objective)
+    neutral = neutral_to_fit(neutral_texts, processing_class, objective, max_length=args.max_length)
     selection = select_parameters(base_model, args.parameters)
     pad = pad_token_id_of(processing_class)
     sums = _class_sums(base_model, selection, fitted, pad, args)

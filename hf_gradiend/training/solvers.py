@@ -1,6 +1,5 @@
 """The two solvers, behind one interface: a number of steps, a state to save, a model at the end."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -127,7 +126,8 @@ def parts_by_length(texts: Sequence[PreparedText]) -> list[list[PreparedText]]:
     """Texts in parts of similar length, each of one forward pass; the longest texts first.
 
     A part holds at most `TOKENS_PER_PASS` tokens (or one text), so that little is padded and the
-    activations stay small however long the texts are.
+    activations stay small however long the texts are. A text counts once: words of several tokens,
+    which each have an input of their own, take up to as many times more as there are words.
     """
     left = sorted(texts, key=lambda text: -text.length)
     parts: list[list[PreparedText]] = []
@@ -244,17 +244,15 @@ class AdamWSolver:
 
     Args:
         problem: What to learn from.
-        start: GRADIEND to start every seed from; `None` for random starts.
+        start: GRADIEND to start from, which is updated in place; `None` for a random start of each
+            seed.
     """
 
     def __init__(self, problem: TrainingProblem, start: GradiendModel | None = None) -> None:
         args = problem.args
         self.problem = problem
         self.texts = {sign: problem.texts.of_sign(sign) for sign in (+1, -1)}
-        n_batches = max(1, len(problem.texts.texts) // problem.batch_size)
-        self.n_steps = (
-            args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * n_batches)
-        )
+        self.n_steps = adamw_steps(args, len(problem.texts.texts), problem.batch_size)
         settings = AdamWSettings(
             args.learning_rate,
             args.weight_decay,
@@ -266,7 +264,7 @@ class AdamWSolver:
         self.same_everywhere = not share.sharded
         self.updates = [
             FusedAdamW(
-                copy.deepcopy(start) if start else random_start(problem, args.seed + k),
+                start or random_start(problem, args.seed + k),
                 settings,
                 n_selected=problem.selection.n_selected,
                 # Whole GRADIENDs are the same on all processes: there is nothing to exchange.
@@ -334,6 +332,19 @@ class AdamWSolver:
         for held in self.values.values():
             for tensor in held.values():
                 self.problem.reduce(tensor)
+
+
+def adamw_steps(args: GradiendTrainingArguments, n_texts: int, batch_size: int) -> int:
+    """Number of steps of `adamw`, at least one.
+
+    Args:
+        args: Training arguments; `max_steps` goes before `num_train_epochs`.
+        n_texts: Number of training texts.
+        batch_size: Texts per step over all processes.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    return max(1, round(args.num_train_epochs * max(1, n_texts // batch_size)))
 
 
 def build_gradiend(

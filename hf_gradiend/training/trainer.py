@@ -31,6 +31,8 @@ from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.checkpoints import (
+    STATE,
+    best_beside,
     checkpoints_in,
     load_solver,
     remove_leftovers,
@@ -127,6 +129,11 @@ class GradiendTrainer:
         neutral_texts: Sequence[str] | None = None,
     ) -> None:
         check_base_model(base_model)
+        if args.n_seeds > 1 and eval_dataset is None:
+            raise ConfigError(
+                f"Expected evaluation data to choose the best of {args.n_seeds} seeds on, but got "
+                f"none. Pass eval_dataset, or leave n_seeds out."
+            )
         self.base_model = base_model
         self.processing_class = processing_class
         self.args = args
@@ -146,8 +153,15 @@ class GradiendTrainer:
             if eval_dataset is None
             else self._labelled(eval_dataset).balanced(args.max_eval_texts, args.seed)
         )
-        self.neutral_texts = neutral_to_fit(
-            neutral_texts, processing_class, objective_of(base_model)
+        self.neutral_texts = (
+            neutral_to_fit(
+                neutral_texts,
+                processing_class,
+                objective_of(base_model),
+                max_length=args.max_length,
+            )
+            if args.makes_closed_form
+            else None
         )
         self.selection = select_parameters(base_model, args.parameters)
         own = Share(
@@ -441,7 +455,7 @@ class GradiendTrainer:
     def _load_best(self, solver: Solver) -> int | None:
         best = self.state.best_model_checkpoint
         if best is not None and self.state.best_global_step != self.state.global_step:
-            load_solver(Path(best), solver, self.share)
+            load_solver(Path(best), solver, self.share, self._run)
         return self.state.best_global_step if best else None
 
     def _resume(self, solver: Solver, folder: Path, *, wanted: bool | str) -> None:
@@ -450,7 +464,19 @@ class GradiendTrainer:
         else:
             path = [folder / "checkpoint-*", *checkpoints_in(folder)][-1]
         load_solver(path, solver, self.share, self._run)
-        self._begin(TrainerState.load_from_json(str(path / "trainer_state.json")), solver)
+        state = TrainerState.load_from_json(str(path / STATE))
+        before, best = state.best_model_checkpoint, best_beside(path, state.best_model_checkpoint)
+        if not self.args.load_best_model_at_end:
+            best = None
+        elif best is None:  # of the steps from here on
+            state.best_metric = state.best_global_step = None
+            if before is not None:
+                logger.warning(
+                    "The best checkpoint until step %d, %s, is gone: the best later one is kept.",
+                    state.global_step, before,
+                )  # fmt: skip
+        state.best_model_checkpoint = None if best is None else str(best)
+        self._begin(state, solver)
 
 
 def training_summary(result: TrainingResult) -> dict[str, object]:

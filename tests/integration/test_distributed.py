@@ -20,7 +20,13 @@ ADAMW = {"solver": "adamw", "max_steps": 10, "learning_rate": 1e-3, "eval_steps"
 SOLVERS = {
     "adamw": {**ADAMW, "n_seeds": 2},
     "pruned": {**ADAMW, "prune_fraction": 0.3, "prune_texts": 16},
-    "warm": {**ADAMW, "warm_start": True, "source": "diff", "prune_texts": 16},
+    "warm": {
+        **ADAMW,
+        "decoder_initialization": "zeros",
+        "warm_start": True,
+        "source": "diff",
+        "prune_texts": 16,
+    },
     "closed_form": {"solver": "closed_form", "save_steps": 2},
     "top_k": {"solver": "closed_form", "save_steps": 2, "top_k": 0.3},
 }

@@ -160,6 +160,25 @@ def test_an_estimate_is_a_plan_and_no_training(run, run_json, place, tmp_path):
     assert (tmp_path / "out" / "report.json").exists()
 
 
+def test_a_report_reads_texts_within_the_longest_input(run, place, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "base")
+    config = tmp_path / "base" / "tokenizer_config.json"
+    content = json.loads(config.read_text("utf-8"))
+    config.write_text(json.dumps({**content, "model_max_length": 10**30}), "utf-8")
+    rows = read_rows(place / "data.jsonl")
+    last = next(row for row in reversed(rows) if row["split"] != "train")
+    long = {**last, "text": "the nurse said that she was late . " * 20 + last["text"]}
+    lines = [json.dumps(row) + "\n" for row in [*rows, long]]
+    (tmp_path / "data.jsonl").write_text("".join(lines), "utf-8")
+    command = ["train", "--base_model", tmp_path / "base", "--dataset", tmp_path / "data.jsonl",
+               "--output_dir", tmp_path / "out"]  # fmt: skip
+
+    code, _, err = run(*command, "--max_length", "48")
+
+    assert code == 0, err
+    assert (tmp_path / "out" / "report.json").exists()
+
+
 def test_an_estimate_of_contrasts_is_refused_before_anything_is_loaded(run, tmp_path):
     code, _, err = run(
         "train", "--base_model", tmp_path / "none", "--dataset", tmp_path / "none.jsonl",
@@ -168,6 +187,17 @@ def test_an_estimate_of_contrasts_is_refused_before_anything_is_loaded(run, tmp_
 
     assert code == 2
     assert "--estimate without --contrasts" in err
+
+
+@pytest.mark.parametrize("other", [["--estimate"], ["--contrasts", "pairs"]], ids=str)
+def test_what_starts_anew_does_not_resume(run, tmp_path, other):
+    code, _, err = run(
+        "train", "--base_model", tmp_path / "none", "--dataset", tmp_path / "none",
+        "--output_dir", tmp_path / "out", "--resume", *other,
+    )  # fmt: skip
+
+    assert code == 2
+    assert f"--resume without {other[0]}" in err
 
 
 def test_encoding_reads_the_split_and_writes_its_rows(run_json, place, trained, tmp_path):

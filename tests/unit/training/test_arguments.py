@@ -5,7 +5,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_gradiend.errors import ConfigError
-from hf_gradiend.training.arguments import GradiendTrainingArguments
+from hf_gradiend.training.arguments import GradiendTrainingArguments, settings_of
 
 
 @pytest.mark.parametrize("settings", [{"sover": "adamw"}, {"lr": 1e-5}, {"n_seed": 2}])
@@ -58,6 +58,11 @@ def test_an_argument_that_would_be_ignored_is_an_error_that_names_it(name, value
         ({"prune_texts": 10}, "prune_texts"),
         ({"solver": "adamw", "prune_texts": 10}, "prune_texts"),
         ({"solver": "adamw", "calibration_fraction": 0.5}, "calibration_fraction"),
+        ({"solver": "adamw", "warm_start": True, "n_seeds": 2}, "n_seeds"),
+        (
+            {"solver": "adamw", "warm_start": True, "decoder_initialization": "uniform"},
+            "decoder_initialization",
+        ),
     ],
 )
 def test_an_argument_that_this_solver_would_ignore_is_an_error(settings, name):
@@ -108,6 +113,8 @@ def test_arguments_with_an_effect_pass(settings):
         ("calibration_fraction", 0.0),
         ("calibration_fraction", 1.0),
         ("n_seeds", 0),
+        ("num_train_epochs", 0.0),
+        ("num_train_epochs", float("nan")),
         ("max_train_texts", 0),
         ("max_eval_texts", -1),
         ("max_length", 0),
@@ -191,3 +198,19 @@ def test_layers_are_checkpointed_where_transformers_is_told_so(arguments):
     if new:
         with pytest.warns(FutureWarning, match="gradient_checkpointing"):
             assert arguments(gradient_checkpointing=True).checkpoints_activations
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"prune_fraction": 0.1}, {"prune_fraction", "prune_texts", "accumulator_dtype"}),
+        ({"solver": "adamw"}, {"learning_rate", "decoder_initialization", "n_seeds"}),
+        ({"solver": "adamw", "warm_start": True}, {"prune_texts", "calibration_fraction"}),
+    ],
+)
+def test_a_report_names_the_settings_that_decide_what_is_learned(given, wanted):
+    found = settings_of(GradiendTrainingArguments(**given))
+
+    assert wanted <= found.keys()
+    assert {name: found[name] for name in given} == given
+    assert "prune_texts" not in settings_of(GradiendTrainingArguments())  # the control

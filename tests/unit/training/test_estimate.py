@@ -26,8 +26,10 @@ SETTINGS = [
     {"solver": "closed_form", "max_train_texts": 40, "save_steps": 1, "eval_strategy": "no",
      "load_best_model_at_end": False},
     {"solver": "adamw", "max_steps": 7, "eval_steps": 3, "save_steps": 3},
-    {"solver": "adamw", "max_steps": 5, "n_seeds": 2, "warm_start": True, "prune_texts": 20},
-    {"solver": "adamw", "max_steps": 2, "n_seeds": 2, "evaluate": False, "max_eval_texts": 40,
+    {"solver": "adamw", "max_steps": 5, "n_seeds": 2},
+    {"solver": "adamw", "max_steps": 5, "warm_start": True, "prune_texts": 20},
+    {"solver": "adamw", "max_steps": -1, "num_train_epochs": 0.01},
+    {"solver": "adamw", "max_steps": 2, "evaluate": False, "max_eval_texts": 40,
      "eval_strategy": "no", "load_best_model_at_end": False},
     {"solver": "adamw", "max_steps": 4, "prune_fraction": 0.1, "prune_texts": 20,
      "save_strategy": "no", "load_best_model_at_end": False},
@@ -104,7 +106,7 @@ def test_the_passes_of_an_estimate_are_those_of_the_training(trainer_of, monkeyp
     if not warm_start:
         assert steps == passes["gradients"]
     assert estimated["saving"] == 0
-    assert passes["gradients"] > 1
+    assert passes["gradients"] > 0
     assert passes["readings"] > 1
 
 

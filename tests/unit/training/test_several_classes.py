@@ -180,7 +180,13 @@ def test_a_planted_feature_is_told_apart(planted, arguments):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"solver": "adamw", "max_steps": 2}, {"source": "diff"}, {"prune_fraction": 0.5}]
+    "settings",
+    [
+        {"solver": "adamw", "max_steps": 2},
+        {"source": "diff"},
+        {"prune_fraction": 0.5},
+        {"accumulator_dtype": "bfloat16"},
+    ],
 )
 @pytest.mark.parametrize("kind", ["pairs", "rest"])
 def test_what_shares_no_pass_is_trained_from_each_contrasts_own_rows(

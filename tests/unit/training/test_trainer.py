@@ -429,6 +429,37 @@ def test_a_share_of_all_steps_is_a_number_of_steps(planted_bert, trainer_of):
     assert [log["step"] for log in result.history if "loss" in log] == [5, 10]
 
 
+def test_several_seeds_without_texts_to_choose_one_on_are_an_error(planted_bert, trainer_of):
+    settings = {"solver": "adamw", "n_seeds": 2}
+    trainer_of(planted_bert, **settings)  # the control
+
+    with pytest.raises(ConfigError, match="choose the best of 2 seeds"):
+        trainer_of(planted_bert, evaluate=False, **settings)
+
+
+@pytest.mark.parametrize("max_length", [None, 24])
+def test_neutral_texts_are_no_longer_than_the_others(planted_bert, arguments, max_length):
+    planted_bert.tokenizer.model_max_length = 10**30  # as of a model that does not say its limit
+    long = [
+        " ".join(["the nurse said that she was late because"] * 20) + " .",
+        "he was tired . " * 40,
+    ]
+    args = arguments(max_length=max_length)
+
+    trainer = GradiendTrainer(
+        planted_bert.model, planted_bert.tokenizer, args, planted_bert.data["train"],
+        neutral_texts=long,
+    )  # fmt: skip
+
+    lengths = [text.length for text in trainer.neutral_texts]
+    assert len(lengths) == 2
+    if max_length is None:
+        assert min(lengths) > 64  # the control: more than the model can read
+    else:
+        assert max(lengths) <= max_length
+        trainer.train()
+
+
 # ---- interruption and resuming ----
 
 
@@ -575,6 +606,95 @@ def test_resuming_with_other_arguments_or_data_is_refused_in_one_line(
         trainer_of(planted_bert, **changed).train(resume_from_checkpoint=True)
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def stopped_after_its_best(planted_bert, trainer_of, tmp_path, monkeypatch):
+    """Settings of a run with its best step in the middle, that step, and the step it stopped at."""
+    settings = {
+        "solver": "adamw", "max_steps": 24, "learning_rate": 0.05, "eval_steps": 2, "save_steps": 2,
+    }  # fmt: skip
+    best = trainer_of(planted_bert, output_dir=str(tmp_path / "whole"), **settings).train()
+    assert 2 < best.best_step < 20  # the control: neither the first nor the last is the best
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_of(
+        planted_bert, output_dir="run", callbacks=[Stop(best.best_step + 3)], **settings
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return settings, best.best_step, best.best_step + 3
+
+
+def test_neutral_texts_that_adamw_does_not_read_do_not_decide_whether_it_resumes(
+    planted_bert, arguments
+):
+    parts = planted_bert.model, planted_bert.tokenizer
+    args = arguments(solver="adamw", max_steps=4, eval_steps=2, save_steps=2)
+    data = planted_bert.data["train"], planted_bert.data["validation"]
+    with pytest.raises(KeyboardInterrupt):
+        GradiendTrainer(*parts, args, *data, [Stop(3)]).train()
+    texts = ["the doctor took the red coat home .", "the day was long because the rain began ."]
+
+    again = GradiendTrainer(*parts, args, *data, neutral_texts=texts)
+
+    assert again.train(resume_from_checkpoint=True).global_step == 4
+
+
+@pytest.mark.parametrize("place", ["run", "moved"])
+def test_the_best_checkpoint_is_found_under_another_path(
+    planted_bert, trainer_of, tmp_path, stopped_after_its_best, place
+):
+    settings, best_step, _ = stopped_after_its_best
+    (tmp_path / "run").rename(tmp_path / place)
+    again = trainer_of(planted_bert, output_dir=str(tmp_path / place), **settings)
+
+    result = again.train(resume_from_checkpoint=True)
+
+    assert result.best_step == best_step
+    assert_same_bits(again.model, GradiendModel.from_pretrained(tmp_path / "whole"))
+
+
+def test_resuming_without_the_best_keeps_the_last(
+    planted_bert, trainer_of, tmp_path, stopped_after_its_best
+):
+    settings, *_ = stopped_after_its_best
+    settings["load_best_model_at_end"] = False
+    last = trainer_of(planted_bert, output_dir=str(tmp_path / "last"), **settings)
+    last.train()
+    again = trainer_of(planted_bert, output_dir="run", **settings)
+
+    result = again.train(resume_from_checkpoint=True)
+
+    assert result.best_step is None
+    assert_same_bits(again.model, last.model)
+
+
+def test_where_the_best_checkpoint_is_gone_the_best_later_one_is_kept(
+    planted_bert, trainer_of, tmp_path, stopped_after_its_best, caplog
+):
+    settings, best_step, stopped_at = stopped_after_its_best
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{best_step}")
+    again = trainer_of(planted_bert, output_dir="run", **settings)
+
+    result = again.train(resume_from_checkpoint=True)
+
+    assert result.best_step == stopped_at + 1
+    assert f"checkpoint-{best_step}, is gone" in caplog.text
+
+
+def test_a_best_checkpoint_of_another_run_is_refused(
+    planted_bert, trainer_of, tmp_path, stopped_after_its_best
+):
+    settings, best_step, stopped_at = stopped_after_its_best
+    own = tmp_path / "run" / f"checkpoint-{stopped_at}"
+    own.rename(tmp_path / "kept")
+    other = {**settings, "learning_rate": 0.01, "max_steps": best_step}
+    trainer_of(planted_bert, output_dir="run", **other).train()
+    (tmp_path / "kept").rename(own)
+    again = trainer_of(planted_bert, output_dir="run", **settings)
+
+    with pytest.raises(ConfigError, match="made with other arguments"):
+        again.train(resume_from_checkpoint=str(own))
 
 
 def test_resuming_without_a_checkpoint_is_an_error(planted_bert, trainer_of, tmp_path):
