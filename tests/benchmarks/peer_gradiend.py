@@ -97,7 +97,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="texts per training step")
     parser.add_argument("--steps", type=int, default=2, help="counted steps, after one warm-up")
     parser.add_argument("--selection", choices=("layers", "backbone"), default="layers")
-    parser.add_argument("--encode_texts", type=int, default=8, help="rounded up to even")
+    parser.add_argument(
+        "--encode_texts", type=int, default=8, help="rounded up to even; 0 for none"
+    )
     options = parser.parse_args()
 
     torch.set_num_threads(torch.get_num_threads())
@@ -127,9 +129,11 @@ def main() -> None:
         train_seconds = time.perf_counter() - start
         train_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         model = trainer.get_model()
-        start = time.perf_counter()
-        report = trainer.evaluate_encoder(model, split="validation", return_df=True)
-        seconds = time.perf_counter() - start
+        per_text = None
+        if options.encode_texts:
+            start = time.perf_counter()
+            report = trainer.evaluate_encoder(model, split="validation", return_df=True)
+            per_text = (time.perf_counter() - start) / len(report["encoder_df"])
 
     gradient, update = clock.gradient_seconds[1:], clock.update_seconds[1:]
     result = {
@@ -140,7 +144,7 @@ def main() -> None:
         "seconds_per_step": statistics.median(map(sum, zip(gradient, update, strict=True))),
         "gradient_seconds_per_step": statistics.median(gradient),
         "update_seconds_per_step": statistics.median(update),
-        "encode_seconds_per_text": seconds / len(report["encoder_df"]),
+        "encode_seconds_per_text": per_text,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "steps_peak_rss_bytes": clock.peak_rss,
         "train_seconds": train_seconds,  # with loading and saving

@@ -33,7 +33,9 @@ def in_own_process(command, **environment):
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    found = done.stdout.strip().splitlines()[-1]
+    print(found, file=sys.stderr, flush=True)  # for whoever has to interrupt the rest
+    return json.loads(found)
 
 
 def piece(name, setting, processes=1):
@@ -48,14 +50,14 @@ def piece(name, setting, processes=1):
     )
 
 
-def peer(args, setting):
+def peer(args, setting, encode_texts=8):
     """Training and encoder evaluation of the official package."""
     script = str(HERE.with_name("peer_gradiend.py"))
     return in_own_process(
         [
             args.peer_python, script, "--base_model", setting.base_model, "--data", setting.data,
             "--batch_size", str(setting.batch_size), "--steps", str(setting.steps),
-            "--selection", setting.selection,
+            "--selection", setting.selection, "--encode_texts", str(encode_texts),
         ]
     )  # fmt: skip
 
@@ -69,7 +71,7 @@ def pieces(args, setting):
         found["encodings"]["gradiend_seconds"] = theirs["encode_seconds_per_text"]
         # The same again on the paper's choice of weights, as a whole: model, steps and files.
         whole = replace(setting, selection="backbone")
-        ours, theirs = piece("training_step", whole), peer(args, whole)
+        ours, theirs = piece("training_step", whole), peer(args, whole, encode_texts=0)
         found["whole_training"] = {
             "n_selected": ours["n_selected"],
             "seconds": ours["whole_seconds"],
