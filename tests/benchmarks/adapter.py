@@ -14,24 +14,15 @@ import argparse
 import copy
 import json
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from peft import PeftModel
+from pieces import seconds
 
 from hf_gradiend import GradiendAdapter, GradiendModel, load_base_model
 from hf_gradiend.evaluation.report import edit_probes
-
-
-def seconds(function, repeats):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return median(times)
 
 
 def forward(base_model, folder, repeats):

@@ -293,6 +293,14 @@ def _small_gradiend(setting, model, tokenizer, folder):
     return trainer.model
 
 
+@torch.no_grad()
+def _add(model, update, step_size):
+    """An edit as one writes it without the package."""
+    for name, parameter in model.named_parameters():
+        if name in update:
+            parameter.add_(update[name], alpha=step_size)
+
+
 def decoder_search(setting):
     """One candidate edit, applied and probed: floor of the probe alone, simple way of a copy."""
     model, tokenizer = setting.load()
@@ -308,11 +316,7 @@ def decoder_search(setting):
 
     def on_a_copy():
         kept = copy.deepcopy(model)
-        update = gradiend.decode(feature_factor=0.1)
-        with torch.no_grad():
-            for name, parameter in kept.named_parameters():
-                if name in update:
-                    parameter.add_(update[name], alpha=1e-4)
+        _add(kept, gradiend.decode(feature_factor=0.1), 1e-4)
         probe.read()  # the same work as on the copy
 
     return {
@@ -336,11 +340,7 @@ def edit(setting):
 
     def by_state_dict():
         kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        update = gradiend.decode(feature_factor=0.1)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in update:
-                    parameter.add_(update[name], alpha=1e-3)
+        _add(model, gradiend.decode(feature_factor=0.1), 1e-3)
         model.load_state_dict(kept)
 
     in_place()
