@@ -29,7 +29,7 @@ def learn_contrasts(
     data: DatasetDict,
     base_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    neutral: Sequence[str] | None,
+    neutral: tuple[Sequence[str] | None, Sequence[str] | None],
 ) -> dict[str, object]:
     """Learn all contrasts; write a GRADIEND and a report.json in one folder each.
 
@@ -39,10 +39,11 @@ def learn_contrasts(
         data: Feature data set with several classes.
         base_model: Base model.
         tokenizer: Its tokenizer.
-        neutral: Texts without the feature, every other one to fit on and the rest to report on;
-            `None` for the package's own.
+        neutral: Texts without the feature to fit on, and others to report on; `None` for the
+            package's own.
     """
     started = time.perf_counter()
+    fitted_on, unseen = neutral
     folder = Path(args.output_dir)
     rows = [
         [
@@ -58,9 +59,8 @@ def learn_contrasts(
         split_of(data, "train"),
         kind=args.contrasts,
         eval_dataset=data.get("validation"),
-        neutral_texts=None if neutral is None else neutral[1::2],
+        neutral_texts=fitted_on,
     )
-    unseen = None if neutral is None else neutral[::2]
     for contrast, gradiend in learned:
         gradiend.save_pretrained(folder / contrast.name)
         splits = {name: rows_of(contrast, part) for name, part in held_out(data).items()}

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         args.base_model, gguf_file=args.gguf_file, dtype=getattr(torch, args.dtype)
     )
     if args.contrasts is not None:
-        return learn_contrasts(args, arguments, data, base_model, tokenizer, neutral)
+        return learn_contrasts(args, arguments, data, base_model, tokenizer, (fitted_on, unseen))
     trainer = GradiendTrainer(
         base_model=base_model,
         processing_class=tokenizer,
