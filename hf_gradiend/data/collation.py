@@ -94,11 +94,13 @@ class PreparedTexts(Sequence[PreparedText]):
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """A padded batch with the sites to read and the tokens to score there.
+    """A batch with the sites to read and the tokens to score there.
 
     Args:
         input_ids: Token ids of shape `(rows, length)`, padded on the right.
-        attention_mask: 1 for tokens, 0 for padding, of the same shape.
+        attention_mask: 1 for tokens, 0 for padding, of the same shape. Where rows hold several
+            texts (`gradients.packing`): what is added to attention scores, `(rows, 1, length,
+            length)`, or `None` for a model that tells texts apart by their positions.
         site_rows: Row of each site, of shape `(sites,)`.
         site_positions: Position of each site, of shape `(sites,)`.
         term_sites: Site of each scored token, of shape `(terms,)`.
@@ -107,10 +109,11 @@ class TargetBatch:
         term_outputs: Flat position of each term in the `(texts, words)` result.
         n_texts: Number of texts.
         n_words: Number of words scored in each text.
+        position_ids: Position of each token in its text, where rows hold several texts.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     site_rows: Tensor
     site_positions: Tensor
     term_sites: Tensor
@@ -119,6 +122,20 @@ class TargetBatch:
     term_outputs: Tensor
     n_texts: int
     n_words: int
+    position_ids: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor | bool | None]:
+        """The model's input by its argument names."""
+        found: dict[str, Tensor | bool | None] = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+        }
+        if self.position_ids is not None:
+            found["position_ids"] = self.position_ids
+        if self.attention_mask is None:  # with a cache, transformers would not look at positions
+            found["use_cache"] = False
+        return found
 
     def to(self, device: torch.device | str) -> "TargetBatch":
         """The same batch on another device."""
@@ -260,29 +277,36 @@ def collate(texts: Sequence[PreparedText], pad_token_id: int) -> TargetBatch:
 
 
 def batches_by_length(
-    texts: Sequence[PreparedText], batch_size: int
+    texts: Sequence[PreparedText],
+    batch_size: int | None,
+    max_tokens: int = TOKENS_OF_A_BATCH,
+    *,
+    packed: bool = False,
 ) -> Iterator[tuple[PreparedText, ...]]:
     """Batches of texts of similar length, longest first, so that memory peaks early.
 
-    A batch ends early where the next text would bring it beyond `TOKENS_OF_A_BATCH`, or, once it
-    holds eight texts, where the next text would be padded by more than a third of its length.
+    A batch ends early where the next text would bring it beyond `max_tokens`, or, once it holds
+    eight texts, where the next text would be padded by more than a third of its length.
     A text counts once there, though words of several tokens each have an input of their own.
 
     Args:
         texts: Tokenised texts.
-        batch_size: Largest number of texts in a batch.
+        batch_size: Largest number of texts in a batch; `None` for any.
+        max_tokens: Largest number of tokens in a batch of several texts.
+        packed: Whether the batches will have no padding.
 
     Yields:
         Every text once.
     """
     batch: list[PreparedText] = []
+    n_tokens = 0
     for text in sorted(texts, key=lambda text: -text.length):
         longest = batch[0].length if batch else 0
-        dissimilar = len(batch) >= 8 and 4 * text.length < 3 * longest
-        full = len(batch) == batch_size or (len(batch) + 1) * longest > TOKENS_OF_A_BATCH
-        if batch and (full or dissimilar):
+        n_tokens = n_tokens + text.length if packed else (len(batch) + 1) * longest
+        dissimilar = not packed and len(batch) >= 8 and 4 * text.length < 3 * longest
+        if batch and (len(batch) == batch_size or n_tokens > max_tokens or dissimilar):
             yield tuple(batch)
-            batch = []
+            batch, n_tokens = [], text.length
         batch.append(text)
     if batch:
         yield tuple(batch)

@@ -16,10 +16,11 @@ from hf_gradiend.base_models import (
     pad_token_id_of,
     trainability_kept,
 )
-from hf_gradiend.data.collation import TargetBatch, batches_by_length, collate, prepare_texts
+from hf_gradiend.data.collation import TargetBatch, prepare_texts
 from hf_gradiend.data.templates import picture_prompts
 from hf_gradiend.errors import NumericalError
 from hf_gradiend.gradients.objectives import site_log_probabilities
+from hf_gradiend.gradients.packing import passes_over
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ def measure_effect(
     """  # noqa: DOC502 - DataError is raised by prepare_texts
     rows = [{"text": text, "word": word} for text in texts or picture_prompts()["text"]]
     read = prepare_texts(rows, processing_class, objective_of(base_model), words=("word",))
-    pad = pad_token_id_of(processing_class)
-    batches = [collate(group, pad) for group in batches_by_length(read, batch_size)]
+    passes = passes_over(
+        base_model, read, pad_token_id=pad_token_id_of(processing_class), batch_size=batch_size
+    )
+    batches = [batch for _, batch in passes]
     base = _log_probabilities(base_model, batches)
     with adapter.applied(base_model):
         true = _log_probabilities(base_model, batches)

@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradiend.base_models import evaluation_mode, objective_of, pad_token_id_of
-from hf_gradiend.data.collation import batches_by_length, collate, prepare_texts
+from hf_gradiend.data.collation import prepare_texts
 from hf_gradiend.errors import DataError, NumericalError
 from hf_gradiend.evaluation.language_model import LanguageModelProbe
 from hf_gradiend.gradients.objectives import site_log_probabilities
+from hf_gradiend.gradients.packing import passes_over
 from hf_gradiend.metrics import Estimate, bootstrap_all
 
 
@@ -113,8 +114,13 @@ class SlotProbe:
         self.n_texts = texts.n_rows
         self.rows_read = [text.index for text in texts]
         self.batches = [
-            ([text.index for text in group], collate(group, pad_token_id_of(processing_class)))
-            for group in batches_by_length(texts, batch_size)
+            ([text.index for text in group], batch)
+            for group, batch in passes_over(
+                base_model,
+                texts,
+                pad_token_id=pad_token_id_of(processing_class),
+                batch_size=batch_size,
+            )
         ]
 
     @torch.no_grad()

@@ -26,12 +26,11 @@ from hf_gradiend.data.collation import (
     PreparedTexts,
     Rows,
     TargetBatch,
-    batches_by_length,
-    collate,
     prepare_texts,
 )
 from hf_gradiend.errors import BaseModelError, NumericalError
 from hf_gradiend.gradients.objectives import side_scores, target_log_probabilities
+from hf_gradiend.gradients.packing import passes_over
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter, selection_of
 
 # Tangents made at a time, where they are not views of the direction itself.
@@ -211,8 +210,9 @@ def project_texts(
         for group in groups:
             scaled = {name: direction[name].detach() / scale for name in group.names if scale != 1}
             tangents = tangents_of(model, group, scaled or direction)
-            for part in batches_by_length(texts, batch_size):
-                batch = collate(part, pad_token_id).to(model.device)
+            for part, batch in passes_over(
+                model, texts, pad_token_id=pad_token_id, batch_size=batch_size
+            ):
                 found = -scale * directional_derivatives(model, batch, tangents).float().cpu()
                 if not bool(torch.isfinite(found).all()):
                     raise NumericalError(

@@ -33,7 +33,7 @@ def site_log_probabilities(model: PreTrainedModel, batch: TargetBatch) -> Tensor
         BaseModelError: If the model's logits have another shape than its input asks for.
     """
     with head_at_sites(model, batch.site_rows, batch.site_positions) as at_sites:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = model(**batch.inputs).logits
     if not at_sites:
         logits = logits[batch.site_rows, batch.site_positions].unsqueeze(0)
     if logits.shape[:2] != (1, batch.site_rows.numel()):
@@ -69,7 +69,7 @@ def side_scores(scores: Tensor, side: str) -> Tensor:
 
 
 @contextmanager
-def head_at_sites(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> Iterator[bool]:
+def head_at_sites(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> Iterator[list[bool]]:
     """Let the head see the hidden states at some positions only.
 
     Every transformers language model hands its backbone's first output to its head, so a hook on
@@ -82,15 +82,18 @@ def head_at_sites(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> It
         positions: Position in its row, of shape `(sites,)`.
 
     Yields:
-        Whether logits then have shape `(1, sites, vocabulary)`; False where the model has no
-        separate backbone, and its logits are those of the whole batch.
+        A list that is empty until the head has been kept to the positions, so that the logits have
+        shape `(1, sites, vocabulary)`. It stays empty where the model has no separate backbone, or
+        its head takes what a part of the backbone (OPT's decoder) gives: then the logits are those
+        of the whole batch.
     """
-    backbone = model.base_model
+    backbone, kept = model.base_model, []
     if backbone is model:
-        yield False
+        yield kept
         return
 
     def keep_sites(_module: nn.Module, _inputs: object, output):  # noqa: ANN001, ANN202
+        kept.append(True)
         hidden = output[0][rows, positions].unsqueeze(0)  # (rows, length, d) -> (1, sites, d)
         if isinstance(output, tuple):
             return (hidden, *output[1:])
@@ -99,6 +102,6 @@ def head_at_sites(model: PreTrainedModel, rows: Tensor, positions: Tensor) -> It
 
     handle = backbone.register_forward_hook(keep_sites)
     try:
-        yield True
+        yield kept
     finally:
         handle.remove()

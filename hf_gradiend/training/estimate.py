@@ -20,8 +20,6 @@ from hf_gradiend.data.collation import (
     PreparedText,
     PreparedTexts,
     TargetBatch,
-    batches_by_length,
-    collate,
 )
 from hf_gradiend.gradients.backward import gradient_stream
 from hf_gradiend.gradients.forward import (
@@ -29,11 +27,12 @@ from hf_gradiend.gradients.forward import (
     tangent_bytes,
     tangent_groups,
 )
+from hf_gradiend.gradients.packing import passes_over
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.pruning import pruning_groups
-from hf_gradiend.training.solvers import adamw_steps, padded_parts
+from hf_gradiend.training.solvers import TOKENS_PER_PASS, adamw_steps
 from hf_gradiend.training.texts import LabelledTexts, batch_at, one_pass
 from hf_gradiend.training.trainer import GradiendTrainer
 from hf_gradiend.training.update import AdamWSettings, FusedAdamW
@@ -245,7 +244,7 @@ class _Probe:
         return [part for batch in batches for part in self._parts(batch.texts)]
 
     def _parts(self, texts: Sequence[PreparedText]) -> list[TargetBatch]:
-        return list(padded_parts(texts, self.pad_token_id, self.model.device))
+        return self._batches(texts, max_tokens=TOKENS_PER_PASS)
 
     def _steps(self) -> tuple[int, list[TargetBatch]]:
         """Number of steps, and the parts of all of them or of some, evenly spread."""
@@ -316,7 +315,7 @@ class _Probe:
         self, texts: Sequence[PreparedTexts]
     ) -> tuple[Callable[[PreparedTexts], float], int]:
         """Seconds of encoding texts, and the working memory without the tangents."""
-        some = _three([batch for part in texts for batch in self._batches(part)])
+        some = _three([batch for part in texts for batch in self._read_batches(part)])
         parameters = self.selection.parameters(self.model)
         own_names = self.selection.names_in(self.model)
         # The weights are a direction, too, of the right types and shapes and without a copy.
@@ -330,7 +329,7 @@ class _Probe:
                 directional_derivatives(self.model, batch, tangents).sum().item()
 
         seconds, working = self._measured(some, run)
-        return lambda texts: sum(map(seconds, self._batches(texts))), working
+        return lambda texts: sum(map(seconds, self._read_batches(texts))), working
 
     def _measured(
         self, some: Sequence[TargetBatch], run: Callable[[TargetBatch], object]
@@ -344,9 +343,12 @@ class _Probe:
         sizes = [_n_tokens(batch) for batch in some]
         return lambda batch: _between(_n_tokens(batch), sizes, taken), max(0, most - self.before)
 
-    def _batches(self, texts: PreparedTexts) -> list[TargetBatch]:
-        groups = batches_by_length(texts, self.args.per_device_eval_batch_size)
-        return [collate(group, self.pad_token_id).to(self.model.device) for group in groups]
+    def _read_batches(self, texts: PreparedTexts) -> list[TargetBatch]:
+        return self._batches(texts, batch_size=self.args.per_device_eval_batch_size)
+
+    def _batches(self, texts: Sequence[PreparedText], **sizes: int) -> list[TargetBatch]:
+        passes = passes_over(self.model, texts, pad_token_id=self.pad_token_id, **sizes)
+        return [batch for _, batch in passes]
 
     def _tangent_groups(self) -> list[ParameterSelection]:
         values = dict.fromkeys(self.selection.names, torch.empty(0))

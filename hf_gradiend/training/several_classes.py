@@ -22,6 +22,7 @@ from hf_gradiend.data.neutral import neutral_to_fit
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.gradients.backward import Consume, GradientStream, gradient_stream
 from hf_gradiend.gradients.forward import project_texts
+from hf_gradiend.gradients.packing import passes_over
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
@@ -30,7 +31,7 @@ from hf_gradiend.training.class_texts import ClassTexts, Pattern, class_texts
 from hf_gradiend.training.contrasts import Contrast, all_pairs, one_against_rest, rows_of
 from hf_gradiend.training.pruning import pruned_gradiend
 from hf_gradiend.training.setup import gradiend_config, words_of_classes
-from hf_gradiend.training.solvers import build_gradiend, padded_parts
+from hf_gradiend.training.solvers import TOKENS_PER_PASS, build_gradiend
 from hf_gradiend.training.trainer import GradiendTrainer
 
 # What the shared pass can do; with other values each contrast is trained on its own.
@@ -259,7 +260,9 @@ def _class_sums(
     ):
         for pattern in sums.patterns:
             own = [t for t, p in zip(texts.texts, texts.patterns, strict=True) if p == pattern]
-            for part in padded_parts(own, pad_token_id, base_model.device):
+            for _, part in passes_over(
+                base_model, own, pad_token_id=pad_token_id, max_tokens=TOKENS_PER_PASS
+            ):
                 sums.add(stream, part, pattern)
                 bar.update(part.n_texts)
     return sums

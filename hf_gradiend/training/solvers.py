@@ -1,7 +1,7 @@
 """The two solvers, behind one interface: a number of steps, a state to save, a model at the end."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_gradiend.configuration_gradiend import GradiendConfig
-from hf_gradiend.data.collation import PreparedText, PreparedTexts, TargetBatch, collate
+from hf_gradiend.data.collation import PreparedText, PreparedTexts, TargetBatch
 from hf_gradiend.errors import NumericalError
 from hf_gradiend.gradients.backward import Consume, GradientStream
 from hf_gradiend.gradients.objectives import side_scores
+from hf_gradiend.gradients.packing import batch_for, groups_for
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection
 from hf_gradiend.training.arguments import GradiendTrainingArguments
@@ -26,8 +27,7 @@ from hf_gradiend.training.sharding import Share, project_shared, shared_stream
 from hf_gradiend.training.texts import ClassBatch, LabelledTexts, batch_at, one_pass
 from hf_gradiend.training.update import AdamWSettings, FusedAdamW
 
-# Tokens per forward pass. With book sentences in batches of 32, padding to the longest of the batch
-# makes 2.8 tokens of each real one, padding part by part 1.7.
+# Tokens per pass, so that the activations stay small however long and many the texts are.
 TOKENS_PER_PASS = 512
 
 
@@ -86,22 +86,23 @@ class TrainingProblem:
         )
 
     def parts_of(self, texts: tuple[PreparedText, ...]) -> Iterator[TargetBatch]:
-        """This process's share of a batch of texts, in parts of similar length.
+        """This process's share of a batch of texts, in parts of one forward pass each.
 
         A sharded GRADIEND needs as many parts of every process: one that has fewer repeats a text
         with weight 0.
 
         Yields:
-            Padded batches, the longest texts first.
+            Batches, the longest texts first.
         """
-        ranks = range(self.share.world_size)
-        dealt = [parts_by_length(texts[rank :: self.share.world_size]) for rank in ranks]
+        model, pad = self.base_model, self.pad_token_id
+        n = self.share.world_size
+        dealt = [groups_for(model, texts[r::n], max_tokens=TOKENS_PER_PASS) for r in range(n)]
         own = dealt[self.share.rank]
         for part in own:
-            yield collate(part, self.pad_token_id).to(self.base_model.device)
+            yield batch_for(model, part, pad)
         silent = max(map(len, dealt)) - len(own) if self.share.sharded else 0
         for _ in range(silent):
-            batch = collate(texts[:1], self.pad_token_id).to(self.base_model.device)
+            batch = batch_for(model, texts[:1], pad)
             yield replace(batch, term_weights=torch.zeros_like(batch.term_weights))
 
     def reduce(self, tensor: Tensor) -> Tensor:
@@ -120,35 +121,6 @@ class TrainingProblem:
             batch_size=self.args.per_device_eval_batch_size,
         )
         return side_scores(-projections, self.args.source)
-
-
-def parts_by_length(texts: Sequence[PreparedText]) -> list[list[PreparedText]]:
-    """Texts in parts of similar length, each of one forward pass; the longest texts first.
-
-    A part holds at most `TOKENS_PER_PASS` tokens (or one text), so that little is padded and the
-    activations stay small however long the texts are. A text counts once: words of several tokens,
-    which each have an input of their own, take up to as many times more as there are words.
-    """
-    left = sorted(texts, key=lambda text: -text.length)
-    parts: list[list[PreparedText]] = []
-    while left:
-        size = max(1, TOKENS_PER_PASS // left[0].length)
-        parts.append(left[:size])
-        left = left[size:]
-    return parts
-
-
-def padded_parts(
-    texts: Sequence[PreparedText], pad_token_id: int, device: torch.device
-) -> Iterator[TargetBatch]:
-    """The parts of `parts_by_length` as padded batches.
-
-    Args:
-        texts: Tokenised texts.
-        pad_token_id: Token id to pad with.
-        device: Where the batches are wanted.
-    """
-    return (collate(part, pad_token_id).to(device) for part in parts_by_length(texts))
 
 
 class Solver(Protocol):

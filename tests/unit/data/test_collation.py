@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hf_gradiend.base_models import check_tokenizer
-from hf_gradiend.data import collation
 from hf_gradiend.data.collation import batches_by_length, collate, pad_rows, prepare_texts
 from hf_gradiend.errors import BaseModelError, DataError
 
@@ -466,17 +465,20 @@ def test_batches_by_length_hold_every_text_once(make_tokenizer):
     assert [[text.index for text in group] for group in groups] == [[2, 0], [3, 4], [1]]
 
 
-def test_batches_by_length_hold_fewer_of_the_long_texts(make_tokenizer, monkeypatch):
+def test_batches_by_length_hold_fewer_of_the_long_texts(make_tokenizer):
     rows = [row("Anna" + " was" * n + " [TARGET]") for n in (9, 9, 9, 9, 1, 1, 1, 1)]
     texts = prepare_texts(rows, make_tokenizer("gpt2"), "causal")
-    monkeypatch.setattr(collation, "TOKENS_OF_A_BATCH", 20)  # two of ten tokens, ten of two
 
-    groups = [[text.index for text in group] for group in batches_by_length(texts, 4)]
+    def groups(max_tokens, batch_size=4, **options):
+        found = batches_by_length(texts, batch_size, max_tokens, **options)
+        return [[text.index for text in group] for group in found]
 
-    assert groups == [[0, 1], [2, 3], [4, 5, 6, 7]]
-    monkeypatch.setattr(collation, "TOKENS_OF_A_BATCH", 5)
-    alone = [[text.index for text in group] for group in batches_by_length(texts, 4)]
-    assert alone[:4] == [[0], [1], [2], [3]]  # a text longer than that has a batch of its own
+    # Two texts of ten tokens, ten of two.
+    assert groups(20) == [[0, 1], [2, 3], [4, 5, 6, 7]]
+    assert groups(5)[:4] == [[0], [1], [2], [3]]  # a longer text has a batch of its own
+    # Padded, short texts take as much room as the long one beside them; packed, their own.
+    assert groups(34, None) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert groups(34, None, packed=True) == [[0, 1, 2], [3, 4, 5, 6, 7]]
 
 
 def test_moving_a_batch_keeps_every_field(make_tokenizer):

@@ -299,8 +299,9 @@ def test_the_hook_on_the_backbone_is_gone_afterwards_also_after_an_error(make_lm
     backbone = lm.model.base_model
 
     with head_at_sites(lm.model, batch.site_rows, batch.site_positions) as at_sites:
-        assert at_sites
         assert len(backbone._forward_hooks) == 1  # the control
+        lm.model(**batch.inputs)
+        assert at_sites
     with pytest.raises(IndexError):
         target_log_probabilities(
             lm.model, type(batch)(**{**vars(batch), "site_rows": torch.tensor([9])})

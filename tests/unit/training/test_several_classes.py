@@ -10,13 +10,13 @@ from hf_gradiend.base_models import objective_of
 from hf_gradiend.data.collation import prepare_texts
 from hf_gradiend.errors import ConfigError, DataError
 from hf_gradiend.gradients.backward import gradient_stream
+from hf_gradiend.gradients.packing import passes_over
 from hf_gradiend.parameters import select_parameters
 from hf_gradiend.training.calibration import fit_plane, fit_scale
 from hf_gradiend.training.class_texts import class_texts
 from hf_gradiend.training.contrasts import all_pairs, one_against_rest, rows_of
 from hf_gradiend.training.means import ClassMeans
 from hf_gradiend.training.several_classes import WordSums, train_contrasts
-from hf_gradiend.training.solvers import padded_parts
 from hf_gradiend.training.texts import label_texts
 from hf_gradiend.training.trainer import GradiendTrainer
 
@@ -66,7 +66,7 @@ def sums_of(lm, data) -> WordSums:
     with gradient_stream(lm.model, selection) as stream:
         for pattern in sums.patterns:
             own = [t for t, p in zip(texts.texts, texts.patterns, strict=True) if p == pattern]
-            for part in padded_parts(own, lm.tokenizer.pad_token_id, lm.model.device):
+            for _, part in passes_over(lm.model, own, pad_token_id=lm.tokenizer.pad_token_id):
                 sums.add(stream, part, pattern)
     return sums
 
@@ -80,7 +80,8 @@ def means_of_pair(lm, data, pair) -> ClassMeans:
     means = ClassMeans(selection, source="factual", target="diff", class_sizes=sizes)
     with gradient_stream(lm.model, selection) as stream:
         for sign in (1, -1):
-            for part in padded_parts(texts.of_sign(sign), lm.tokenizer.pad_token_id, "cpu"):
+            own = texts.of_sign(sign)
+            for _, part in passes_over(lm.model, own, pad_token_id=lm.tokenizer.pad_token_id):
                 means.add(stream, part, sign)
     return means
 
