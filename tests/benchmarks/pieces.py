@@ -20,11 +20,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCa
 from hf_gradiend import GradiendModel, GradiendTrainer, GradiendTrainingArguments, load_base_model
 from hf_gradiend.base_models import objective_of
 from hf_gradiend.cli.common import peak_rss_bytes
-from hf_gradiend.data.collation import batches_by_length, collate, prepare_texts
+from hf_gradiend.data.collation import collate, prepare_texts
 from hf_gradiend.data.loading import load_feature_dataset
 from hf_gradiend.evaluation.probe import EditProbe
 from hf_gradiend.evaluation.report import edit_probes
 from hf_gradiend.gradients.forward import project_texts
+from hf_gradiend.gradients.objectives import target_log_probabilities
+from hf_gradiend.gradients.packing import batch_for, groups_for
 from hf_gradiend.parameters import select_parameters, selection_of
 from hf_gradiend.training.texts import batch_at
 
@@ -120,11 +122,11 @@ def trained(setting, model, tokenizer, folder, **arguments):
     return trainer, clock.times
 
 
-def plain_forward(model, texts, pad_token_id, device="cpu"):
-    """Seconds of one forward pass of a batch as transformers' users write it."""
-    batch = collate(texts, pad_token_id).to(device)
+def forward_alone(model, texts, pad_token_id):
+    """Seconds of one forward pass of some texts: nothing padded, the head at the slots alone."""
+    batch = batch_for(model, texts, pad_token_id)
     with torch.no_grad():
-        call = lambda: model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)  # noqa: E731
+        call = lambda: target_log_probabilities(model, batch)  # noqa: E731
         call()
         return seconds(call, 3)
 
@@ -153,7 +155,7 @@ def training_step(setting):
         for number in range(1, setting.steps + 1)
     ]
     pad = tokenizer.pad_token_id
-    forward = sum(plain_forward(model, batch, pad) for batch in batches) / len(batches)
+    forward = sum(forward_alone(model, batch, pad) for batch in batches) / len(batches)
     update = memory_pass(n, 20)
     return found | {
         "n_selected": n,
@@ -210,7 +212,7 @@ def closed_form(setting):
         for start in range(0, len(fitted.of_sign(sign)), setting.batch_size)
     ]
     n_fitted = len(fitted.texts)
-    forward = sum(plain_forward(model, b, tokenizer.pad_token_id) for b in batches) / n_fitted
+    forward = sum(forward_alone(model, b, tokenizer.pad_token_id) for b in batches) / n_fitted
     parameters = list(trainer.selection.parameters(model).values())
     few = sorted(fitted.texts, key=lambda text: text.length)[4::8]
 
@@ -255,7 +257,9 @@ def encodings(setting):
     forward_mode()
     ours = seconds(forward_mode, 3) / len(many)
     peak = peak_rss_bytes()
-    forward = sum(plain_forward(model, group, pad) for group in batches_by_length(many, 32))
+    forward = sum(
+        forward_alone(model, group, pad) for group in groups_for(model, many, batch_size=32)
+    )
     flat = None if setting.prune_fraction else selection.flatten(direction)
     result = {
         "n_selected": selection.n_selected,

@@ -50,7 +50,7 @@ def piece(name, setting, processes=1):
     )
 
 
-def peer(args, setting, encode_texts=8):
+def peer(args, setting, encode_texts=16):
     """Training and encoder evaluation of the official package."""
     script = str(HERE.with_name("peer_gradiend.py"))
     return in_own_process(
