@@ -170,16 +170,17 @@ def weights_digest(model: nn.Module, share: Share) -> str:
         model: The model; one that FSDP2 shards has the digest of the whole.
         share: This process among the others.
     """
-    sums: list[Tensor] = []
+    sums: list[int] = []
     for parameter in model.parameters():
         weights = parameter.detach()
         local = weights.to_local() if isinstance(weights, DTensor) else weights
         bits = local.contiguous().view(_BITS[local.element_size()]).flatten()
         counts = share.rank == 0 or isinstance(weights, DTensor) or not share.base_is_sharded
-        # In pieces: the sum of int32 in int64 makes a copy of eight bytes a weight.
-        total = sum(piece.sum(dtype=torch.int64) for piece in bits.split(2**22))
-        sums.append(torch.as_tensor(total).cpu() * counts)
-    every = torch.stack(sums)
+        # In pieces: the sum of int32 in int64 makes a copy of eight bytes a weight. And as numbers:
+        # small tensors among the copies would keep the allocator from giving those back (0.5 GB).
+        total = sum(int(piece.sum(dtype=torch.int64)) for piece in bits.split(2**20))
+        sums.append(total * counts)
+    every = torch.tensor(sums)
     if share.base_is_sharded:
         share.sum(every)
     return hashlib.sha256(repr(every.tolist()).encode()).hexdigest()
