@@ -193,17 +193,19 @@ class _Probe:
         """See `estimate_training`."""
         args, trainer = self.args, self.trainer
         first_texts = trainer.train_texts.balanced(args.prune_texts, args.seed)
+        n_steps, steps = self._steps()
+        step_parts = [part for parts in steps for part in parts]
         held = _Held(
             self.selection.n_selected,
             args,
             sparse=self.selection.is_sparse,
             on_accelerator=self.on_accelerator,
+            in_parts=any(len(parts) > 1 for parts in steps),
         )
         phases: list[Phase] = []
         # In the order of a training: what a pass has freed may stay with the process.
         if args.prune_fraction is not None:
             phases.append(self._pruning(self._parts_of_pass(first_texts)))
-        n_steps, step_parts = self._steps()
         gradient_seconds, step_working = self._gradients(step_parts)
         # Without validation texts, those of the training tell the sign.
         some_texts = trainer.train_texts.balanced(args.max_eval_texts, args.seed)
@@ -246,18 +248,19 @@ class _Probe:
     def _parts(self, texts: Sequence[PreparedText]) -> list[TargetBatch]:
         return self._batches(texts, max_tokens=TOKENS_PER_PASS)
 
-    def _steps(self) -> tuple[int, list[TargetBatch]]:
-        """Number of steps, and the parts of all of them or of some, evenly spread."""
+    def _steps(self) -> tuple[int, list[list[TargetBatch]]]:
+        """Number of steps, and the parts of each of them or of some, evenly spread."""
         args, texts = self.args, self.trainer.train_texts
         size = args.per_device_train_batch_size
         if args.solver == "closed_form":
             fitted, _ = texts.split(args.calibration_fraction, args.seed)
-            return len(one_pass(fitted, size)), self._parts_of_pass(fitted)
+            batches = one_pass(fitted, size)
+            return len(batches), [self._parts(batch.texts) for batch in batches]
         n_steps = adamw_steps(args, len(texts.texts), size)
         of_sign = {sign: texts.of_sign(sign) for sign in (+1, -1)}
         seen = min(n_steps, STEPS_LOOKED_AT)
         batches = [batch_at(of_sign, k * n_steps // seen, size, args.seed) for k in range(seen)]
-        return n_steps, [part for batch in batches for part in self._parts(batch.texts)]
+        return n_steps, [self._parts(batch.texts) for batch in batches]
 
     def _calibrated(self, texts: LabelledTexts) -> list[PreparedTexts]:
         """What the closed form reads on both of its mean gradients."""
@@ -414,10 +417,17 @@ class _Held:
         args: How it is trained.
         sparse: Whether the GRADIEND has an index per weight.
         on_accelerator: Whether the base model is on a GPU, where the sums may be, too.
+        in_parts: Whether a batch has several parts, so that `adamw` holds its target gradient.
     """
 
     def __init__(
-        self, n: int, args: GradiendTrainingArguments, *, sparse: bool, on_accelerator: bool = False
+        self,
+        n: int,
+        args: GradiendTrainingArguments,
+        *,
+        sparse: bool,
+        on_accelerator: bool = False,
+        in_parts: bool = False,
     ) -> None:
         indices = 4 * n if sparse else 0
         size = getattr(torch, args.accumulator_dtype).itemsize
@@ -430,9 +440,9 @@ class _Held:
             self.steps = self.gradiend if beside else max(self.sums, self.gradiend)
             return
         self.beside = 0
-        n_sides = len({args.source, args.target})
+        n_gradients = len({args.source, args.target}) if in_parts else 1
         with_moments = self.gradiend + 6 * 4 * n
-        self.steps = args.n_seeds * with_moments + n_sides * 4 * n + indices
+        self.steps = args.n_seeds * with_moments + n_gradients * 4 * n + indices
         self.checkpoint = args.n_seeds * 9 * 4 * n
 
 

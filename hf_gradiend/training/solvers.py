@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.collation import PreparedText, PreparedTexts, TargetBatch
 from hf_gradiend.errors import NumericalError
-from hf_gradiend.gradients.backward import Consume, GradientStream
+from hf_gradiend.gradients.backward import GradientStream
 from hf_gradiend.gradients.objectives import side_scores
 from hf_gradiend.gradients.packing import batch_for, groups_for
 from hf_gradiend.modeling_gradiend import GradiendModel
@@ -24,7 +24,7 @@ from hf_gradiend.training.calibration import fit_plane
 from hf_gradiend.training.means import ClassMeans
 from hf_gradiend.training.setup import with_parameters
 from hf_gradiend.training.sharding import Share, project_shared, shared_stream
-from hf_gradiend.training.texts import ClassBatch, LabelledTexts, batch_at, one_pass
+from hf_gradiend.training.texts import LabelledTexts, batch_at, one_pass
 from hf_gradiend.training.update import AdamWSettings, FusedAdamW
 
 # Tokens per pass, so that the activations stay small however long and many the texts are.
@@ -212,7 +212,10 @@ class AdamWSolver:
     """The paper's training, for several seeds at once on the same gradients.
 
     The base model's gradients do not depend on the GRADIEND, so k seeds cost k cheap updates and
-    one pass through the base model.
+    one pass through the base model. Beside GRADIENDs and moments it holds the source gradient; of
+    the target gradient, each parameter updates its part of the decoders as it comes in. The target
+    gradient is held, too, where a batch has several parts, or where several processes that each
+    keep a whole GRADIEND are yet to sum it.
 
     Args:
         problem: What to learn from.
@@ -245,10 +248,7 @@ class AdamWSolver:
             )
             for k in range(args.n_seeds)
         ]
-        sides = tuple(dict.fromkeys((args.source, args.target)))
-        self.values = {
-            side: {e.name: torch.zeros(e.values_shape) for e in problem.own} for side in sides
-        }
+        self.sums = {side: GradientSum(problem.own) for side in (args.source, args.target)}
 
     def step(self, stream: GradientStream, number: int) -> dict[str, float]:
         """One batch of one class, one forward and two backward passes, one update per seed.
@@ -256,12 +256,17 @@ class AdamWSolver:
         Raises:
             NumericalError: If a seed's loss is NaN.
         """
-        args = self.problem.args
+        args, share = self.problem.args, self.problem.share
         batch = batch_at(self.texts, number, self.problem.batch_size, args.seed)
-        self._fill_values(stream, batch)
+        parts = list(self.problem.parts_of(batch.texts))
+        weights = [part.n_texts / len(batch.texts) for part in parts]
+        yet_to_sum = share.world_size > 1 and not share.sharded
+        if len(parts) > 1 or args.source == args.target or yet_to_sum:
+            found = self._update_after(stream, parts, weights)
+        else:
+            found = self._update_meanwhile(stream, parts[0], weights[0])
         logs: dict[str, float] = {}
-        for k, update in enumerate(self.updates):
-            loss, h = update.step(self.values[args.source], self.values[args.target])
+        for k, (loss, h) in enumerate(found):
             if loss != loss:
                 raise NumericalError(
                     f"Expected a finite training loss, but seed {args.seed + k} gave NaN at step "
@@ -284,26 +289,86 @@ class AdamWSolver:
             for name, tensor in update.state_tensors().items()
         }
 
-    def _fill_values(self, stream: GradientStream, batch: ClassBatch) -> None:
-        entries = {entry.name: entry for entry in self.problem.own}
-        for held in self.values.values():
-            for tensor in held.values():
-                tensor.zero_()
-
-        def adder(side: str, weight: float) -> Consume:
-            def add(name: str, gradient: Tensor) -> None:
-                held = self.values[side][name]
-                held.add_(entries[name].gather(gradient).to(held), alpha=weight)
-
-            return add
-
-        for part in self.problem.parts_of(batch.texts):
-            weight = part.n_texts / len(batch.texts)
-            losses = stream.losses(part, tuple(self.values))
-            stream.backward_each(losses, partial(adder, weight=weight))
-        for held in self.values.values():
-            for tensor in held.values():
+    def _update_after(
+        self, stream: GradientStream, parts: Sequence[TargetBatch], weights: Sequence[float]
+    ) -> list[tuple[float, float]]:
+        """Hold both gradients, then update; returns loss and encoding of every seed."""
+        for held in self.sums.values():
+            held.begin()
+        for part, weight in zip(parts, weights, strict=True):
+            adders = {side: partial(held.add, weight) for side, held in self.sums.items()}
+            stream.backward_each(stream.losses(part, tuple(adders)), adders.__getitem__)
+        for held in self.sums.values():
+            for tensor in held.finish().values():
                 self.problem.reduce(tensor)
+        source, target = self.problem.args.source, self.problem.args.target
+        values = self.sums[source].values, self.sums[target].values
+        return [update.step(*values) for update in self.updates]
+
+    def _update_meanwhile(
+        self, stream: GradientStream, part: TargetBatch, weight: float
+    ) -> list[tuple[float, float]]:
+        """Hold the source gradient and update while the target gradient comes in; likewise."""
+        source, target = self.sums
+        losses = stream.losses(part, (source, target))
+        self.sums[source].begin()
+        add = partial(self.sums[source].add, weight)
+        stream.backward(losses[source], add, retain_graph=True)
+        for update in self.updates:
+            update.begin(self.sums[source].finish())
+        left = {entry.name: entry for entry in self.problem.own}
+
+        def decode(name: str, gradient: Tensor) -> None:
+            values = left.pop(name).gather(gradient).to("cpu", torch.float32)
+            values = values if weight == 1.0 else values * weight
+            for update in self.updates:
+                update.update_decoder(name, values)
+
+        stream.backward(losses[target], decode)
+        for name in tuple(left):  # which the loss does not reach
+            decode(name, torch.zeros(left[name].shape))
+        return [update.finish() for update in self.updates]
+
+
+class GradientSum:
+    """A batch's gradient of one side, summed over its parts: selected values per name, float32.
+
+    Args:
+        selection: Its weights; n_selected numbers are held from the first `begin` on.
+    """
+
+    def __init__(self, selection: ParameterSelection) -> None:
+        self.entries = {entry.name: entry for entry in selection}
+        self.values: dict[str, Tensor] = {}
+        self.untouched: set[str] = set()  # whose values are those of an earlier batch
+
+    def begin(self) -> None:
+        """Take up a batch, from 0."""
+        if not self.values:
+            self.values = {name: torch.zeros(e.values_shape) for name, e in self.entries.items()}
+        self.untouched = set(self.values)
+
+    def add(self, weight: float, name: str, gradient: Tensor) -> None:
+        """Add a part's gradient of one parameter.
+
+        Args:
+            weight: Share of the batch's texts that the part has.
+            name: Name of the parameter.
+            gradient: Gradient of the mean over the part's texts, of the parameter's shape.
+        """
+        held = self.values[name]
+        values = self.entries[name].gather(gradient).to(held)
+        if name in self.untouched:
+            self.untouched.remove(name)
+            torch.mul(values, weight, out=held)
+        else:
+            held.add_(values, alpha=weight)
+
+    def finish(self) -> dict[str, Tensor]:
+        """The sum; stays as it is until the next `begin`."""
+        for name in self.untouched:
+            self.values[name].zero_()
+        return self.values
 
 
 def adamw_steps(args: GradiendTrainingArguments, n_texts: int, batch_size: int) -> int:

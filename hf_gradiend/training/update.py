@@ -4,6 +4,10 @@ With r = dec(h) − t and c = 2/n the loss ‖r‖²/n has the gradients ∂b_d 
 ∂W_e = c·⟨r, W_d⟩·(1 − h²)·x and ∂b_e = c·⟨r, W_d⟩·(1 − h²). They are formed and consumed block by
 block, so that each block is read from memory once and its gradient never leaves the cache; or, if
 wanted, in one compiled loop over each parameter.
+
+h needs x alone, and the decoder's update needs of t one parameter at a time. So a step begins with
+x, updates the decoder while t comes in, and finishes with the encoder, which needs ⟨r, W_d⟩ of all
+parameters: x must be held, t need not.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +19,11 @@ from torch.optim.adamw import adamw
 
 from hf_gradiend.modeling_gradiend import GradiendModel
 
-# 3 parameters + 6 moments + x + t + 2 gradients of 4 bytes each: 6.8 MB, within the shared cache.
-# Measured on two cores at n = 100 M: 0.23 s; 0.27 s at 2^16, 0.39 s at 2^15 and 0.40 s at 2^18.
+# Of the decoder 2 parameters + 4 moments + t + 2 gradients of 4 bytes each: 4.7 MB, within the
+# shared cache.
 BLOCK = 2**17
-_KINDS = ("encoder.weight", "decoder.weight", "decoder.bias")
+
+Moved = tuple[Tensor, Tensor, Tensor]  # a parameter and its two moments, flat
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,16 @@ class FusedAdamW:
         self.total = total
         self.compiled = compiled
         self.steps = torch.zeros((), dtype=torch.float32)
+        # Of the step that has begun: x, h, and by name what `finish` sums over the parameters.
+        self.source: Mapping[str, Tensor] = {}
+        self.h = 0.0
+        self.sums: dict[str, tuple[float, float]] = {}
         self.moments = {
             f"{order}.{name}": torch.zeros_like(parameter)
             for order in ("first", "second")
             for name, parameter in gradiend.named_parameters()
         }
 
-    @torch.no_grad()
     def step(
         self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]
     ) -> tuple[float, float]:
@@ -86,38 +94,65 @@ class FusedAdamW:
         Returns:
             The loss before the step (mean over n) and the encoding h.
         """
-        n = self.n_selected
-        bias = self.gradiend.encoder.bias
+        self.begin(source)
+        for name in self.gradiend.names:
+            self.update_decoder(name, target[name])
+        return self.finish()
+
+    @torch.no_grad()
+    def begin(self, source: Mapping[str, Tensor]) -> float:
+        """First part of a step: encode the source gradient.
+
+        Args:
+            source: As in `step`; must stay as it is until `finish`.
+
+        Returns:
+            The encoding h.
+        """
         projection = torch.zeros((), dtype=torch.float64)
-        for name, start, stop in self._blocks():
-            weight = self.gradiend.encoder.weight.at(name).view(-1)[start:stop]
-            projection += torch.dot(weight, source[name].view(-1)[start:stop]).cpu()
-        h = float(torch.tanh(self.total(projection) + bias.item()))
+        for name in self.gradiend.names:
+            weight = self.gradiend.encoder.weight.at(name).view(-1)
+            for block in _blocks(weight.numel()):
+                projection += torch.dot(weight[block], source[name].view(-1)[block]).cpu()
+        bias = self.gradiend.encoder.bias.item()
+        self.source, self.sums = source, {}
+        self.h = float(torch.tanh(self.total(projection) + bias))
+        return self.h
 
-        squared, along = 0.0, 0.0
-        for name, start, stop in self._blocks():
-            residual, weight = self._residual(name, start, stop, h, target)
-            squared += float(torch.dot(residual, residual))
-            along += float(torch.dot(residual, weight))
-        sums = torch.tensor([squared, along], dtype=torch.float64)
-        squared, along = self.total(sums).tolist()
+    @torch.no_grad()
+    def update_decoder(self, name: str, target: Tensor) -> None:
+        """Second part of a step, once for every parameter in any order: update its W_d and b_d.
 
-        scale = 2.0 / n
-        encoder_scale = scale * along * (1.0 - h * h)
-        if self.compiled:
-            self._compiled_update(source, target, h, scale, encoder_scale)
-        for name, start, stop in () if self.compiled else self._blocks():
-            residual, _ = self._residual(name, start, stop, h, target)
-            residual.mul_(scale)
-            gradients = {
-                f"encoder.weight.{name}": source[name].view(-1)[start:stop] * encoder_scale,
-                f"decoder.weight.{name}": residual * h,
-                f"decoder.bias.{name}": residual,
-            }
-            self._adamw(gradients, start, stop)
-        self._adamw({"encoder.bias": torch.full_like(bias, encoder_scale)}, 0, 1)
+        Args:
+            name: Name of the parameter.
+            target: Selected values of its target gradient, of shape `values_shape`, float32; may be
+                freed afterwards.
+        """
+        update = self._update_decoder_compiled if self.compiled else self._update_decoder_in_blocks
+        self.sums[name] = update(name, target.view(-1))
+
+    @torch.no_grad()
+    def finish(self) -> tuple[float, float]:
+        """Last part of a step: update W_e and b_e.
+
+        Returns:
+            The loss before the step (mean over n) and the encoding h.
+        """
+        # In the order of the names, whatever the order in which the targets came.
+        sums = torch.tensor([self.sums[name] for name in self.gradiend.names], dtype=torch.float64)
+        squared, along = self.total(sums.sum(0)).tolist()
+        scale = 2.0 / self.n_selected * along * (1.0 - self.h * self.h)
+        for name in self.gradiend.names:
+            key, values = f"encoder.weight.{name}", self.source[name].view(-1)
+            if self.compiled and len(values):
+                _compiled_encoder(self._moved(key), values, self._numbers(values, scale))
+            for block in () if self.compiled else _blocks(len(values)):
+                self._adamw({key: values[block] * scale}, block)
+        bias = self.gradiend.encoder.bias
+        self._adamw({"encoder.bias": torch.full_like(bias, scale)}, slice(None))
         self.steps += 1
-        return squared / n, h
+        self.source = {}
+        return squared / self.n_selected, self.h
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Weights, moments and step count: all that resuming needs."""
@@ -130,51 +165,53 @@ class FusedAdamW:
         for name, held in self.state_tensors().items():
             held.copy_(tensors[name])
 
-    def _blocks(self) -> Iterator[tuple[str, int, int]]:
-        for name in self.gradiend.names:
-            size = self.gradiend.decoder.bias.at(name).numel()
-            for start in range(0, size, BLOCK):
-                yield name, start, min(start + BLOCK, size)
+    def _update_decoder_in_blocks(self, name: str, target: Tensor) -> tuple[float, float]:
+        """Returns ‖r‖² and ⟨r, W_d⟩ of the parameter, before the update."""
+        weights = self.gradiend.decoder.weight.at(name).view(-1)
+        biases = self.gradiend.decoder.bias.at(name).view(-1)
+        squared, along = 0.0, 0.0
+        for block in _blocks(len(target)):
+            residual = torch.add(biases[block], weights[block], alpha=self.h).sub_(target[block])
+            squared += float(torch.dot(residual, residual))
+            along += float(torch.dot(residual, weights[block]))
+            residual.mul_(2.0 / self.n_selected)
+            gradients = {
+                f"decoder.weight.{name}": residual * self.h,
+                f"decoder.bias.{name}": residual,
+            }
+            self._adamw(gradients, block)
+        return squared, along
 
-    def _residual(
-        self, name: str, start: int, stop: int, h: float, target: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        weight = self.gradiend.decoder.weight.at(name).view(-1)[start:stop]
-        bias = self.gradiend.decoder.bias.at(name).view(-1)[start:stop]
-        residual = torch.add(bias, weight, alpha=h).sub_(target[name].view(-1)[start:stop])
-        return residual, weight
+    def _update_decoder_compiled(self, name: str, target: Tensor) -> tuple[float, float]:
+        """The same in one loop."""
+        if not len(target):  # of which this process keeps no rows
+            return 0.0, 0.0
+        squared, along = _compiled_decoder(
+            self._moved(f"decoder.weight.{name}"),
+            self._moved(f"decoder.bias.{name}"),
+            target,
+            self._numbers(target, self.h, 2.0 / self.n_selected),
+        )
+        return float(squared), float(along)
 
-    def _compiled_update(
-        self,
-        source: Mapping[str, Tensor],
-        target: Mapping[str, Tensor],
-        h: float,
-        scale: float,
-        encoder_scale: float,
-    ) -> None:
+    def _moved(self, key: str) -> Moved:
+        tensors = self._parameter(key), self.moments[f"first.{key}"], self.moments[f"second.{key}"]
+        parameter, first, second = (tensor.view(-1) for tensor in tensors)
+        return parameter, first, second
+
+    def _numbers(self, like: Tensor, *numbers: float) -> Tensor:
+        """Numbers of a compiled update: as a tensor, so that no new value compiles anew."""
         own, step = self.settings, float(self.steps) + 1.0
-        correction1, correction2 = 1.0 - own.beta1**step, 1.0 - own.beta2**step
-        numbers = [
-            h, scale, encoder_scale, 1.0 - own.learning_rate * own.weight_decay, own.beta1,
-            own.beta2, own.learning_rate / correction1, correction2**0.5, own.epsilon,
-        ]  # fmt: skip
-        for name in self.gradiend.names:
-            if not source[name].numel():  # of which this process keeps no rows
-                continue
-            keys = [f"{kind}.{name}" for kind in _KINDS]
-            _compiled_adamw(
-                tuple(self._parameter(key).view(-1) for key in keys),
-                tuple(self.moments[f"first.{key}"].view(-1) for key in keys),
-                tuple(self.moments[f"second.{key}"].view(-1) for key in keys),
-                source[name].view(-1),
-                target[name].view(-1),
-                torch.tensor(numbers, device=source[name].device),
-            )
+        of_adamw = (
+            1.0 - own.learning_rate * own.weight_decay, own.beta1, own.beta2,
+            own.learning_rate / (1.0 - own.beta1**step), (1.0 - own.beta2**step) ** 0.5,
+            own.epsilon,
+        )  # fmt: skip
+        return torch.tensor([*of_adamw, *numbers], device=like.device)
 
-    def _adamw(self, gradients: Mapping[str, Tensor], start: int, stop: int) -> None:
-        parameters = [self._parameter(name).view(-1)[start:stop] for name in gradients]
-        first = [self.moments[f"first.{name}"].view(-1)[start:stop] for name in gradients]
-        second = [self.moments[f"second.{name}"].view(-1)[start:stop] for name in gradients]
+    def _adamw(self, gradients: Mapping[str, Tensor], block: slice) -> None:
+        tensors = [[t[block] for t in self._moved(key)] for key in gradients]
+        parameters, first, second = (list(some) for some in zip(*tensors, strict=True))
         # adamw counts the step itself; each block gets its own copy of the common count.
         steps = [self.steps.to(p.device, copy=True) for p in parameters]
         adamw(
@@ -201,30 +238,38 @@ class FusedAdamW:
         return getattr(getattr(self.gradiend, part), kind).at(rest[0])
 
 
-def _adamw_of_a_parameter(
-    parameters: tuple[Tensor, ...],
-    firsts: tuple[Tensor, ...],
-    seconds: tuple[Tensor, ...],
-    source: Tensor,
-    target: Tensor,
-    numbers: Tensor,
-) -> None:
-    """One loop over a parameter's W_e, W_d, b_d and their moments, all flat and changed in place.
-
-    The numbers are a tensor, so that no new value compiles anew.
-    """
-    h, scale, encoder_scale, decay, beta1, beta2, rate, correction, epsilon = numbers.unbind()
-    _, weight, bias = parameters
-    residual = (bias + h * weight - target) * scale
-    gradients = (source * encoder_scale, residual * h, residual)
-    for parameter, gradient, first, second in zip(
-        parameters, gradients, firsts, seconds, strict=True
-    ):
-        mean = first + (gradient - first) * (1.0 - beta1)
-        square = second * beta2 + gradient * gradient * (1.0 - beta2)
-        parameter.copy_(parameter * decay - rate * mean / (square.sqrt() / correction + epsilon))
-        first.copy_(mean)
-        second.copy_(square)
+def _blocks(size: int) -> Iterator[slice]:
+    return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
 
 
-_compiled_adamw = torch.compile(_adamw_of_a_parameter, dynamic=True, fullgraph=True)
+def _adamw_of(moved: Moved, gradient: Tensor, numbers: Tensor) -> None:
+    """AdamW on a parameter of the GRADIEND, in place."""
+    parameter, first, second = moved
+    decay, beta1, beta2, rate, correction, epsilon = numbers[:6].unbind()
+    mean = first + (gradient - first) * (1.0 - beta1)
+    square = second * beta2 + gradient * gradient * (1.0 - beta2)
+    parameter.copy_(parameter * decay - rate * mean / (square.sqrt() / correction + epsilon))
+    first.copy_(mean)
+    second.copy_(square)
+
+
+def _decoder_update(
+    weight: Moved, bias: Moved, target: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """W_d and b_d of a base parameter; returns ‖r‖² and ⟨r, W_d⟩ of before."""
+    h, scale = numbers[6:].unbind()
+    residual = bias[0] + h * weight[0] - target
+    exact = residual.double()
+    sums = exact.square().sum(), (exact * weight[0]).sum()
+    _adamw_of(weight, residual * scale * h, numbers)
+    _adamw_of(bias, residual * scale, numbers)
+    return sums
+
+
+def _encoder_update(weight: Moved, source: Tensor, numbers: Tensor) -> None:
+    """W_e of a base parameter."""
+    _adamw_of(weight, source * numbers[6], numbers)
+
+
+_compiled_decoder = torch.compile(_decoder_update, dynamic=True, fullgraph=True)
+_compiled_encoder = torch.compile(_encoder_update, dynamic=True, fullgraph=True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_gradiend.gradients.backward import GradientStream
+from hf_gradiend.gradients.backward import GradientStream, gradient_stream
 from hf_gradiend.training import estimate as estimate_module
+from hf_gradiend.training import solvers
 from hf_gradiend.training.estimate import (
     Phase,
     TrainingEstimate,
@@ -128,25 +129,42 @@ def test_the_checkpoints_of_an_estimate_are_those_of_the_training(trainer_of, se
 
 @pytest.mark.parametrize("n_seeds", [1, 3])
 @pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("sides", [{}, {"source": "diff"}], ids=["two sides", "one side"])
+@pytest.mark.parametrize("in_parts", [False, True])
 def test_what_an_adamw_training_holds_is_the_size_of_its_tensors(
-    planted_gpt2, problem_of, n_seeds, pruned
+    planted_gpt2, problem_of, monkeypatch, n_seeds, pruned, sides, in_parts
 ):
-    problem = problem_of(planted_gpt2, solver="adamw", n_seeds=n_seeds)
+    monkeypatch.setattr(solvers, "TOKENS_PER_PASS", 30 if in_parts else 10_000)
+    settings = {"solver": "adamw", "n_seeds": n_seeds, **sides}
+    problem = problem_of(planted_gpt2, **settings)
     selection = _evenly_kept(problem.selection, 0.1) if pruned else problem.selection
-    problem = problem_of(planted_gpt2, None, selection, solver="adamw", n_seeds=n_seeds)
+    problem = problem_of(planted_gpt2, None, selection, **settings)
     solver = AdamWSolver(problem)
+    with gradient_stream(problem.base_model, selection) as stream:
+        solver.step(stream, 0)
 
-    held = _Held(selection.n_selected, problem.args, sparse=pruned)
+    held = _Held(selection.n_selected, problem.args, sparse=pruned, in_parts=in_parts)
 
     state = sum(t.nbytes for t in solver.state_tensors().values())
-    values = sum(t.nbytes for side in solver.values.values() for t in side.values())
+    values = sum(t.nbytes for side in solver.sums.values() for t in side.values.values())
     indices = 4 * selection.n_selected * (1 + n_seeds) if pruned else 0
     few = 100 * n_seeds  # biases and counts
     assert held.steps == pytest.approx(state + values + indices, abs=few)
     assert held.checkpoint == pytest.approx(state, abs=few)
     of_model = sum(t.nbytes for t in solver.models()[0].state_dict().values())
     assert held.gradiend == pytest.approx(of_model, abs=few)
-    assert held.steps - held.checkpoint > 7 * selection.n_selected  # the control
+    # The control.
+    assert values == (2 if in_parts and not sides else 1) * 4 * selection.n_selected > 0
+
+
+def test_an_estimate_sees_whether_batches_have_several_parts(trainer_of, monkeypatch):
+    held = []
+    for tokens in (10_000, 30):
+        monkeypatch.setattr(solvers, "TOKENS_PER_PASS", tokens)
+        found = estimate_training(trainer_of(solver="adamw", max_steps=5))
+        held.append({phase.name: phase.held_bytes for phase in found.phases}["steps"])
+
+    assert held[1] - held[0] == 4 * found.n_selected
 
 
 def test_what_a_closed_form_holds_is_the_size_of_its_sums(planted_gpt2, problem_of):

@@ -1,4 +1,5 @@
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,13 @@ from hf_gradiend.errors import NumericalError
 from hf_gradiend.gradients.backward import gradient_stream, gradients
 from hf_gradiend.metrics import pearson_correlation
 from hf_gradiend.modeling_gradiend import GradiendModel
+from hf_gradiend.parameters import ParameterSelection, SelectedParameter, select_parameters
 from hf_gradiend.training import solvers
 from hf_gradiend.training.calibration import fit_scale
 from hf_gradiend.training.sharding import Share
-from hf_gradiend.training.solvers import AdamWSolver, ClosedFormSolver
+from hf_gradiend.training.solvers import AdamWSolver, ClosedFormSolver, GradientSum
 from hf_gradiend.training.texts import batch_at
+from hf_gradiend.training.update import FusedAdamW
 
 # ---- fit_scale ----
 
@@ -174,6 +177,115 @@ def test_one_adamw_step_moves_along_the_gradient_of_the_models_own_loss(planted,
         torch.testing.assert_close(moved, expected, rtol=0.01, atol=1e-6)
 
 
+STEPS = {"solver": "adamw", "max_steps": 3, "decoder_initialization": "uniform"}
+
+
+def with_a_spare_weight(planted, *, sparse: bool = False) -> ParameterSelection:
+    """All weights, some of each or every one, and one that no prediction depends on."""
+    planted.model.spare = torch.nn.Parameter(torch.ones(3))
+    step = 3 if sparse else None
+    entries = [
+        SelectedParameter(e.name, e.shape, step and torch.arange(0, e.n_entries, step).int())
+        for e in select_parameters(planted.model)
+        if e.name != "spare"
+    ]
+    return ParameterSelection((*entries, SelectedParameter("spare", (3,))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sparse"),
+    [({}, False), ({"n_seeds": 2}, False), ({}, True), ({"source": "diff"}, False),
+     ({"source": "counterfactual", "target": "factual"}, False)],
+)  # fmt: skip
+def test_adamw_makes_the_steps_of_its_update_on_gradients_held_whole(
+    planted, problem_of, settings, sparse
+):
+    selection = with_a_spare_weight(planted, sparse=sparse)
+    problem = problem_of(planted, None, selection, **STEPS, **settings)
+    args = problem.args
+    solver, held = AdamWSolver(problem), AdamWSolver(problem)
+    start = solver.models()[0].decoder.bias.at("spare").detach().clone()
+
+    logs = run(problem, solver)
+
+    for number in range(3):
+        (part,) = problem.parts_of(batch_at(held.texts, number, 16, args.seed).texts)
+        found = gradients(problem.base_model, part, selection, (args.source, args.target))
+        results = [u.step(found[args.source], found[args.target]) for u in held.updates]
+        losses = [value for name, value in logs[number].items() if name.startswith("loss")]
+        assert losses == [loss for loss, _ in results]
+    state = held.state_tensors()
+    for name, tensor in solver.state_tensors().items():
+        assert torch.equal(tensor, state[name]), name
+    # The control: what no loss reaches was updated, too.
+    assert bool((solver.models()[0].decoder.bias.at("spare") != start).all())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_the_compiled_update_within_a_backward_pass_is_the_same(planted_bert, problem_of):
+    plain = AdamWSolver(problem_of(planted_bert, **STEPS))
+    compiled = AdamWSolver(problem_of(planted_bert, **STEPS, torch_compile=True))
+
+    logs, expected = run(compiled.problem, compiled), run(plain.problem, plain)
+
+    for one, other in zip(logs, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    state, differ = plain.state_tensors(), 0
+    for name, tensor in compiled.state_tensors().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-3, atol=1e-3)
+        differ += not torch.equal(tensor, state[name])
+    assert differ > 0  # the control: it was compiled
+
+
+def test_of_the_target_gradient_one_parameter_is_held_at_a_time(planted, problem_of, monkeypatch):
+    problem = problem_of(planted, **STEPS)
+    solver = AdamWSolver(problem)
+    targets: list[weakref.ref] = []
+    alive: list[int] = []
+    update_decoder = FusedAdamW.update_decoder
+
+    def watched(self, name, target):
+        targets.append(weakref.ref(target))
+        alive.append(sum(held() is not None for held in targets))
+        update_decoder(self, name, target)
+
+    monkeypatch.setattr(FusedAdamW, "update_decoder", watched)
+
+    def most_alive() -> int:
+        targets.clear()
+        alive.clear()
+        run(problem, solver, first=2)
+        return max(alive)
+
+    def n_held(side: str) -> int:
+        return sum(tensor.numel() for tensor in solver.sums[side].values.values())
+
+    assert most_alive() == 1
+    assert (n_held("factual"), n_held("diff")) == (problem.selection.n_selected, 0)
+    monkeypatch.setattr(solvers, "TOKENS_PER_PASS", 30)  # the control: a batch of several parts
+    assert most_alive() == len(problem.selection)
+    assert n_held("diff") == n_held("factual") == problem.selection.n_selected
+
+
+def test_a_sum_of_gradients_has_nothing_of_the_batch_before():
+    dense = SelectedParameter("dense", (1, 2))
+    sparse = SelectedParameter("sparse", (3,), torch.tensor([0, 2], dtype=torch.int32))
+    total = GradientSum(ParameterSelection((dense, sparse)))
+
+    total.begin()
+    total.add(0.25, "dense", torch.tensor([[4.0, 8.0]]))
+    total.add(0.75, "dense", torch.tensor([[4.0, 0.0]], dtype=torch.bfloat16))
+    total.add(0.75, "sparse", torch.tensor([4.0, 5.0, 8.0]))
+    values = {name: tensor.tolist() for name, tensor in total.finish().items()}
+    assert values == {"dense": [[4.0, 2.0]], "sparse": [3.0, 6.0]}
+
+    total.begin()
+    total.add(1.0, "sparse", torch.tensor([1.0, 2.0, 3.0]))
+    values = {name: tensor.tolist() for name, tensor in total.finish().items()}
+    assert values == {"dense": [[0.0, 0.0]], "sparse": [1.0, 3.0]}
+
+
 @pytest.mark.parametrize(
     ("settings", "n_steps"),
     [({"max_steps": 7}, 7), ({"max_steps": -1, "num_train_epochs": 2}, 12),
@@ -236,7 +348,8 @@ def test_the_solvers_share_of_two_processes_adds_up_to_that_of_one(planted, prob
 def test_the_parts_that_a_batch_is_cut_into_make_no_difference(
     planted, problem_of, monkeypatch, solver_class
 ):
-    settings = {"solver": "adamw", "max_steps": 3} if solver_class is AdamWSolver else {}
+    adamw = {"solver": "adamw", "max_steps": 3, "n_seeds": 2}
+    settings = adamw if solver_class is AdamWSolver else {}
     found, passes = [], []
     handle = planted.model.register_forward_hook(lambda *_: passes.append(1))
     for tokens in (1, 30, 10_000):  # a text at a time, two or three, all at once

@@ -154,6 +154,23 @@ def test_the_step_reports_loss_and_encoding_before_it():
     assert loss == pytest.approx((2 * 0.46211716 + 2) ** 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_targets_may_come_in_any_order_and_go_after_their_update(layout):
+    at_once, apart = (FusedAdamW(a_gradiend(layout), SETTINGS) for _ in range(2))
+
+    for seed in range(3):
+        source, target = some_gradients(at_once.gradiend, seed)
+        expected = at_once.step(source, target)
+        h = apart.begin(source)
+        for name in reversed(apart.gradiend.names):
+            apart.update_decoder(name, target[name])
+            target[name].fill_(torch.nan)
+        found = apart.finish()
+        assert (found, h) == (expected, expected[1])
+
+    assert largest_difference(at_once.gradiend, apart.gradiend) == 0.0
+
+
 def test_the_gradients_that_come_in_are_not_changed():
     gradiend = a_gradiend("several")
     source, target = some_gradients(gradiend, 0)
