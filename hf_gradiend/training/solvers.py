@@ -1,7 +1,7 @@
 """The two solvers, behind one interface: a number of steps, a state to save, a model at the end."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
