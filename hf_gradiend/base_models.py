@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -194,31 +195,46 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Switch dropout off, module by module, and put every module's mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return _with_flag((m for m in model.modules() if m.training), "training", value=False)
 
 
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> AbstractContextManager[None]:
     """Keep no keys and values of past tokens, which a single forward pass has no use for."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
-    for config in caching:
-        config.use_cache = False
+    caching = (config for config in configs.values() if getattr(config, "use_cache", None))
+    return _with_flag(caching, "use_cache", value=False)
+
+
+def sparse_embeddings(model: nn.Module) -> AbstractContextManager[None]:
+    """Make embeddings give sparse gradients: a dense one has the table's size, and is nearly all 0.
+
+    Where the head shares the table, autograd then adds the few rows to the head's gradient in place
+    of holding both and their sum.
+    """
+    embeddings = (
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        and not module.sparse
+        and not module.scale_grad_by_freq  # not offered for sparse ones
+        and not isinstance(module.weight, DTensor)  # FSDP2 sums dense gradients
+    )
+    return _with_flag(embeddings, "sparse", value=True)
+
+
+@contextmanager
+def _with_flag(owners: Iterable[object], name: str, *, value: bool) -> Iterator[None]:
+    """Set a flag that has the other value on all these objects, and put it back afterwards."""
+    changed = list(owners)
+    for owner in changed:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for config in caching:
-            config.use_cache = True
+        for owner in changed:
+            setattr(owner, name, not value)
 
 
 @contextmanager

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_gradiend.base_models import checkpointed_layers, evaluation_mode, without_cache
+from hf_gradiend.base_models import (
+    checkpointed_layers,
+    evaluation_mode,
+    sparse_embeddings,
+    without_cache,
+)
 from hf_gradiend.data.collation import TargetBatch
 from hf_gradiend.errors import NumericalError, SelectionError
 from hf_gradiend.gradients.objectives import side_scores, target_log_probabilities
@@ -121,7 +126,7 @@ class GradientStream:
         """Hook of a parameter: pass its finished gradient on and free it."""
         gradient, parameter.grad = parameter.grad, None
         if self.consume is not None and gradient is not None:
-            self.consume(name, gradient)
+            self.consume(name, gradient.to_dense() if gradient.is_sparse else gradient)
 
 
 @contextmanager
@@ -164,6 +169,7 @@ def gradient_stream(
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))
             stack.enter_context(without_cache(model))
+            stack.enter_context(sparse_embeddings(model))
             stack.enter_context(torch.enable_grad())
             if checkpointing:
                 stack.enter_context(checkpointed_layers(model))
