@@ -3,7 +3,7 @@
 With r = dec(h) − t and c = 2/n the loss ‖r‖²/n has the gradients ∂b_d = c·r, ∂W_d = c·h·r,
 ∂W_e = c·⟨r, W_d⟩·(1 − h²)·x and ∂b_e = c·⟨r, W_d⟩·(1 − h²). They are formed and consumed block by
 block, so that each block is read from memory once and its gradient never leaves the cache; or, if
-wanted, in one compiled loop over each parameter.
+wanted, in compiled loops over each parameter.
 
 h needs x alone, and the decoder's update needs of t one parameter at a time. So a step begins with
 x, updates the decoder while t comes in, and finishes with the encoder, which needs ⟨r, W_d⟩ of all
@@ -111,9 +111,12 @@ class FusedAdamW:
         """
         projection = torch.zeros((), dtype=torch.float64)
         for name in self.gradiend.names:
-            weight = self.gradiend.encoder.weight.at(name).view(-1)
-            for block in _blocks(weight.numel()):
-                projection += torch.dot(weight[block], source[name].view(-1)[block]).cpu()
+            weight, values = (
+                self.gradiend.encoder.weight.at(name).view(-1),
+                source[name].reshape(-1),
+            )
+            for block in _blocks(len(values)):
+                projection += torch.dot(weight[block], values[block]).cpu()
         bias = self.gradiend.encoder.bias.item()
         self.source, self.sums = source, {}
         self.h = float(torch.tanh(self.total(projection) + bias))
@@ -125,11 +128,11 @@ class FusedAdamW:
 
         Args:
             name: Name of the parameter.
-            target: Selected values of its target gradient, of shape `values_shape`, float32; may be
-                freed afterwards.
+            target: Selected values of its target gradient, of shape `values_shape`, float32,
+                however they lie in memory; may be freed afterwards.
         """
         update = self._update_decoder_compiled if self.compiled else self._update_decoder_in_blocks
-        self.sums[name] = update(name, target.view(-1))
+        self.sums[name] = update(name, target.reshape(-1))
 
     @torch.no_grad()
     def finish(self) -> tuple[float, float]:
@@ -143,7 +146,7 @@ class FusedAdamW:
         squared, along = self.total(sums.sum(0)).tolist()
         scale = 2.0 / self.n_selected * along * (1.0 - self.h * self.h)
         for name in self.gradiend.names:
-            key, values = f"encoder.weight.{name}", self.source[name].view(-1)
+            key, values = f"encoder.weight.{name}", self.source[name].reshape(-1)
             if self.compiled and len(values):
                 _compiled_encoder(self._moved(key), values, self._numbers(values, scale))
             for block in () if self.compiled else _blocks(len(values)):
@@ -183,7 +186,7 @@ class FusedAdamW:
         return squared, along
 
     def _update_decoder_compiled(self, name: str, target: Tensor) -> tuple[float, float]:
-        """The same in one loop."""
+        """The same, compiled."""
         if not len(target):  # of which this process keeps no rows
             return 0.0, 0.0
         squared, along = _compiled_decoder(

@@ -181,8 +181,14 @@ STEPS = {"solver": "adamw", "max_steps": 3, "decoder_initialization": "uniform"}
 
 
 def with_a_spare_weight(planted, *, sparse: bool = False) -> ParameterSelection:
-    """All weights, some of each or every one, and one that no prediction depends on."""
+    """All weights, some of each or every one, and one that no prediction depends on.
+
+    The first matrix, and so its gradient, lies in memory column by column.
+    """
     planted.model.spare = torch.nn.Parameter(torch.ones(3))
+    chosen = select_parameters(planted.model).parameters(planted.model)
+    matrix = next(parameter for parameter in chosen.values() if parameter.ndim == 2)
+    matrix.data = matrix.data.t().contiguous().t()
     step = 3 if sparse else None
     entries = [
         SelectedParameter(e.name, e.shape, step and torch.arange(0, e.n_entries, step).int())
