@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
@@ -205,9 +206,10 @@ class SharedStream(GradientStream):
     Each process runs its own texts; of a parameter's finished gradients the weighted sum
     Σ n_texts · gradient is formed over the processes and divided by this process's own n_texts, so
     that a consumer which weighs by its own texts has weighed everybody's. All processes must run
-    the same number of batches. With a plain base model a finished gradient waits until the
-    parameters that come after it in the model are done on this process (about one layer), so that
-    all processes send the same one at a time: no process ever holds n numbers.
+    the same number of batches. With a plain base model a finished gradient waits until those of
+    the parameters that come after it in the model are finished on this process (about one layer),
+    so that all processes send the same one at a time: no process ever holds n numbers. Parameters
+    that the loss does not reach are known from its graph, and not waited for.
 
     Args:
         model: Base model, prepared by `gradient_stream`.
@@ -218,6 +220,7 @@ class SharedStream(GradientStream):
     def __init__(self, model: PreTrainedModel, selection: ParameterSelection, share: Share) -> None:
         super().__init__(model)
         self.share = share
+        self.parameters = selection.parameters(model)
         self.entries = {entry.name: entry for entry in selection}
         self.own = {entry.name: entry for entry in share.of(selection)}
         self.n_texts = 1
@@ -235,6 +238,10 @@ class SharedStream(GradientStream):
             super().backward(loss, self._undoing_the_mean(consume), retain_graph=retain_graph)
         else:  # the first layers' gradients are finished last
             turns = _Turns(reversed(self.entries), self._summing(consume))
+            reached = _reached_by(loss)
+            for name, parameter in self.parameters.items():
+                if id(parameter) not in reached:
+                    turns.put(name, None)
             super().backward(loss, turns.put, retain_graph=retain_graph)
             turns.finish()
 
@@ -278,20 +285,42 @@ class _Turns:
     def __init__(self, names: Iterator[str], take: Callable[[str, Tensor | None], None]) -> None:
         self.left = deque(names)
         self.take = take
-        self.waiting: dict[str, Tensor] = {}
+        self.waiting: dict[str, Tensor | None] = {}
 
-    def put(self, name: str, gradient: Tensor) -> None:
-        """Take a finished gradient, and hand over what has its turn."""
+    def put(self, name: str, gradient: Tensor | None) -> None:
+        """Take a finished gradient, or that there will be none, and hand over what has its turn.
+
+        Raises:
+            BaseModelError: If there was none to be.
+        """
+        if name not in self.left:
+            raise BaseModelError(
+                f"Expected a base model whose graph shows all weights that a loss depends on, but "
+                f"a gradient of {name!r} came after it was taken to be zero. Does the model "
+                f"checkpoint its layers by itself? Train without shard."
+            )
         self.waiting[name] = gradient
         while self.left and self.left[0] in self.waiting:
             name = self.left.popleft()
             self.take(name, self.waiting.pop(name))
 
     def finish(self) -> None:
-        """Hand over the rest after a backward pass, also the parameters that it did not reach."""
+        """Hand over the rest after a backward pass; what did not come is none."""
         while self.left:
             name = self.left.popleft()
             self.take(name, self.waiting.pop(name, None))
+
+
+def _reached_by(loss: Tensor) -> set[int]:
+    """Identities of the parameters that a loss depends on, from its graph."""
+    seen: set[Node] = set()
+    left = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+    return {id(getattr(node, "variable", None)) for node in seen}  # which its leaves have
 
 
 def shared_stream(
