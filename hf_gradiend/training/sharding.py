@@ -18,10 +18,9 @@ from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from hf_gradiend.data.collation import PreparedTexts, TargetBatch, collate
+from hf_gradiend.data.collation import TargetBatch
 from hf_gradiend.errors import BaseModelError
 from hf_gradiend.gradients.backward import Consume, GradientStream, gradient_stream
-from hf_gradiend.gradients.forward import project_texts
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter
 
 
@@ -345,69 +344,3 @@ def shared_stream(
         checkpointing=checkpointing,
         kind=kind if share.sharded else GradientStream,
     )
-
-
-def project_shared(
-    model: PreTrainedModel,
-    texts: PreparedTexts,
-    selection: ParameterSelection,
-    direction: Mapping[str, Tensor],
-    share: Share,
-    *,
-    pad_token_id: int,
-    batch_size: int,
-) -> Tensor:
-    """`project_texts` on several processes, each with its part of the texts.
-
-    A sharded direction is put together on every process for the pass: n_selected numbers. Where the
-    base model itself is sharded, forward mode does not work: there every process runs every text,
-    one forward and one backward pass for each word.
-
-    Args:
-        model: Base model; left as it was.
-        texts: Tokenised texts, none of them skipped.
-        selection: The whole selection.
-        direction: This process's values of the direction per name.
-        share: This process's share of the selection.
-        pad_token_id: Token id to pad with.
-        batch_size: Texts per pass.
-
-    Returns:
-        Projections of shape `(texts, words)`, float32, on the CPU; the same bits on all processes.
-    """
-    if share.base_is_sharded:
-        return _project_by_backward(model, texts, selection, direction, share, pad_token_id)
-    direction = share.whole_values(selection, direction)
-    own = PreparedTexts(texts.texts[share.rank :: share.world_size], texts.n_rows)
-    if not own:
-        return share.sum(torch.zeros(texts.n_rows, len(texts[0].readings)))
-    found = project_texts(
-        model, own, selection, direction, pad_token_id=pad_token_id, batch_size=batch_size
-    )
-    return share.sum(found.nan_to_num_(0.0))  # project_texts has refused any other NaN
-
-
-def _project_by_backward(
-    model: PreTrainedModel,
-    texts: PreparedTexts,
-    selection: ParameterSelection,
-    direction: Mapping[str, Tensor],
-    share: Share,
-    pad_token_id: int,
-) -> Tensor:
-    own = {entry.name: entry for entry in share.of(selection)}
-    projections = torch.zeros(texts.n_rows, len(texts[0].readings))
-    with shared_stream(model, selection, share) as stream:
-        for text in texts:
-            batch = collate([text], pad_token_id).to(model.device)
-
-            def projector(word: int, row: Tensor = projections[text.index]) -> Consume:
-                def add(name: str, gradient: Tensor) -> None:
-                    values = own[name].gather(gradient).flatten()
-                    along = torch.dot(direction[name].to(values).flatten(), values)
-                    row[word] += along.cpu() / share.world_size  # each process had this text
-
-                return add
-
-            stream.backward_each(stream.word_losses(batch), projector)
-    return share.sum(projections)
