@@ -206,7 +206,7 @@ class GradiendTrainer:
 
         Raises:
             ConfigError: If a checkpoint is asked for and there is none, or it was made with other
-                arguments.
+                arguments, or its step is beyond this run's last.
             NumericalError: If a loss is NaN or infinite.
             OutputError: If `output_dir` cannot be written.
         """  # noqa: DOC502 - NumericalError is raised by the solvers
