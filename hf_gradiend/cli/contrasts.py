@@ -2,7 +2,8 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -16,11 +17,18 @@ from hf_gradiend.cli.common import (
     split_of,
     table,
 )
+from hf_gradiend.evaluation.encoder import EncoderReport
 from hf_gradiend.evaluation.report import build_report, read_encoder
 from hf_gradiend.files import write_json
+from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.contrasts import Contrast, rows_of
 from hf_gradiend.training.several_classes import train_contrasts
+
+_HEAD = [
+    "contrast", "n", "correlation", "95 % interval", "accuracy", "neutral |h|",
+    "other classes: h, |h|",
+]  # fmt: skip
 
 
 def learn_contrasts(
@@ -44,14 +52,6 @@ def learn_contrasts(
     """
     started = time.perf_counter()
     fitted_on, unseen = neutral
-    folder = Path(args.output_dir)
-    rows = [
-        [
-            "contrast", "n", "correlation", "95 % interval", "accuracy", "neutral |h|",
-            "other classes: h, |h|",
-        ]
-    ]  # fmt: skip
-    short: dict[str, object] = {}
     learned = train_contrasts(
         base_model,
         tokenizer,
@@ -61,60 +61,102 @@ def learn_contrasts(
         eval_dataset=data.get("validation"),
         neutral_texts=fitted_on,
     )
-    for contrast, gradiend in learned:
+    shared_pass_seconds = time.perf_counter() - started
+    read = _reader(args, base_model, tokenizer, held_out(data), unseen)
+    folder = Path(args.output_dir)
+    origin = origin_of(args.base_model, args.dataset, data, arguments)
+    rows, short = [_HEAD], {}
+    for (contrast, gradiend), seconds in _timed(learned):
         gradiend.save_pretrained(folder / contrast.name)
-        splits = {name: rows_of(contrast, part) for name, part in held_out(data).items()}
-        encoder = read_encoder(
+        encoder = read(contrast, gradiend)
+        training = {
+            "seconds": seconds,
+            "shared_pass_seconds": shared_pass_seconds,
+            "contrasts": args.contrasts,
+        }
+        report = build_report(
+            gradiend, encoder=encoder, judged=None, training=training, origin=origin
+        )
+        write_json(folder / contrast.name / "report.json", report)
+        rows.append(_row(contrast, encoder))
+        short[contrast.name] = {**_short(encoder), "seconds": seconds}
+    total = time.perf_counter() - started
+    if not args.json:
+        print(table(rows))
+        print(f"Wrote {folder} ({total:.0f} s)")
+    return {
+        "contrasts": short,
+        "shared_pass_seconds": shared_pass_seconds,
+        "seconds": total,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _timed(
+    learned: Iterator[tuple[Contrast, GradiendModel]],
+) -> Iterator[tuple[tuple[Contrast, GradiendModel], float]]:
+    """Time what is learned, one after the other.
+
+    Yields:
+        A contrast and its GRADIEND, and the seconds that these took by themselves.
+    """
+    started = time.perf_counter()
+    for found in learned:
+        yield found, time.perf_counter() - started
+        started = time.perf_counter()
+
+
+def _reader(
+    args: argparse.Namespace,
+    base_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Mapping[str, Dataset],
+    unseen: Sequence[str] | None,
+) -> Callable[[Contrast, GradiendModel], EncoderReport]:
+    """Function that reads an encoder on its contrast's rows, and on the last split's others."""
+
+    def read(contrast: Contrast, gradiend: GradiendModel) -> EncoderReport:
+        return read_encoder(
             gradiend,
             base_model,
             tokenizer,
-            splits,
+            {name: rows_of(contrast, part) for name, part in splits.items()},
             neutral_texts=unseen,
-            other_texts=other_rows(contrast, list(held_out(data).values())[-1]),
+            other_texts=other_rows(contrast, list(splits.values())[-1]),
             max_length=args.max_length,
             progress=not args.json,
         )
-        report = build_report(
-            gradiend,
-            encoder=encoder,
-            judged=None,
-            training={"seconds": time.perf_counter() - started, "contrasts": args.contrasts},
-            origin=origin_of(args.base_model, args.dataset, data, arguments),
-        )
-        write_json(folder / contrast.name / "report.json", report)
-        content: dict = report["encoder"]  # pyright: ignore[reportAssignmentType]
-        name, split = list(content["splits"].items())[-1]
-        r, accuracy = split["correlation"], split["accuracy"]
-        rows.append(
-            [
-                f"{contrast.name} ({name})", str(r["n"]), f"{r['value']:.3f}",
-                f"[{r['low']:.3f}, {r['high']:.3f}]", f"{accuracy['value']:.3f}",
-                f"{encoder.neutral.value:.3f}",
-                ", ".join(
-                    f"{name} {other.mean.value:+.2f}, {other.mean_absolute.value:.2f}"
-                    for name, other in encoder.other_classes.items()
-                ),
-            ]
-        )  # fmt: skip
-        short[contrast.name] = {
-            "encoder": short_splits(content["splits"]),
-            "neutral_mean_absolute": encoder.neutral.value,
-            "other_classes": {
-                name: {
-                    "mean": other.mean.value,
-                    "mean_absolute": other.mean_absolute.value,
-                    "n": other.mean.n,
-                }
-                for name, other in encoder.other_classes.items()
-            },
-        }
-    if not args.json:
-        print(table(rows))
-        print(f"Wrote {folder} ({time.perf_counter() - started:.0f} s)")
+
+    return read
+
+
+def _row(contrast: Contrast, encoder: EncoderReport) -> list[str]:
+    """A contrast's row of the table, about the last of its splits."""
+    name, split = list(encoder.splits.items())[-1]
+    r = split.correlation
+    others = (
+        f"{label} {other.mean.value:+.2f}, {other.mean_absolute.value:.2f}"
+        for label, other in encoder.other_classes.items()
+    )
+    return [
+        f"{contrast.name} ({name})", str(r.n), f"{r.value:.3f}", f"[{r.low:.3f}, {r.high:.3f}]",
+        f"{split.accuracy.value:.3f}", f"{encoder.neutral.value:.3f}", ", ".join(others),
+    ]  # fmt: skip
+
+
+def _short(encoder: EncoderReport) -> dict[str, object]:
+    """What an encoder reads, for `--json`."""
     return {
-        "contrasts": short,
-        "seconds": time.perf_counter() - started,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "encoder": short_splits(asdict(encoder)["splits"]),
+        "neutral_mean_absolute": encoder.neutral.value,
+        "other_classes": {
+            label: {
+                "mean": other.mean.value,
+                "mean_absolute": other.mean_absolute.value,
+                "n": other.mean.n,
+            }
+            for label, other in encoder.other_classes.items()
+        },
     }
 
 

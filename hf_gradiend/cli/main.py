@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-gradiend {args.command}: interrupted; what was saved stays.", file=sys.stderr)
         return 130
-    if args.json:
+    if args.json and result is not None:  # which it is where another process of a training speaks
         print(json.dumps(result))
     return 0
 

@@ -33,7 +33,7 @@ from hf_gradiend.files import writable_folder, write_json
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.estimate import TrainingEstimate, estimate_training
 from hf_gradiend.training.setup import words_of_classes
-from hf_gradiend.training.trainer import GradiendTrainer, training_summary
+from hf_gradiend.training.trainer import GradiendTrainer, TrainingResult, training_summary
 
 # The name that transformers 5.23 gives it; the older one warns there.
 _CHECKPOINTING = (
@@ -105,11 +105,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
-def run(args: argparse.Namespace) -> dict[str, object]:
+def run(args: argparse.Namespace) -> dict[str, object] | None:
     """Train, evaluate on the validation and test splits, write the GRADIEND and report.json.
 
+    Returns:
+        What `--json` prints; `None` on all processes but the main one, which evaluates and writes.
+
     Raises:
-        ConfigError: If an estimate is asked for of several contrasts, or either of a resumed run.
+        ConfigError: If an estimate is asked for of several contrasts or on several processes, or
+            either of a resumed run.
     """
     if args.estimate and args.contrasts is not None:
         raise ConfigError("Expected --estimate without --contrasts, which it does not cover.")
@@ -140,15 +144,33 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         eval_dataset=data.get("validation"),
         neutral_texts=fitted_on,
     )
+    processes = trainer.accelerator
     if args.estimate:
+        if processes.num_processes > 1:
+            raise ConfigError(
+                f"Expected --estimate on one process, but got {processes.num_processes}."
+            )
         return _estimated(trainer, data, unseen, quiet=args.json)
     trained = trainer.train(resume_from_checkpoint=args.resume or None)
-    splits, started = held_out(data), time.perf_counter()
+    result = _reported(args, trainer, trained, data, unseen) if processes.is_main_process else None
+    processes.end_training()
+    return result
+
+
+def _reported(
+    args: argparse.Namespace,
+    trainer: GradiendTrainer,
+    trained: TrainingResult,
+    data: DatasetDict,
+    unseen: Sequence[str] | None,
+) -> dict[str, object]:
+    """Read the encoder, write report.json, print a table, and return what `--json` prints."""
+    folder, started = Path(args.output_dir), time.perf_counter()
     encoder = read_encoder(
         trainer.model,
-        base_model,
-        tokenizer,
-        splits,
+        trainer.base_model,
+        trainer.processing_class,
+        held_out(data),
         neutral_texts=unseen,
         max_length=args.max_length,
         progress=not args.json,
@@ -159,7 +181,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         encoder=encoder,
         judged=None,
         training=training_summary(trained),
-        origin=origin_of(args.base_model, args.dataset, data, arguments),
+        origin=origin_of(args.base_model, args.dataset, data, trainer.args),
     )
     write_json(folder / "report.json", report)
     content: dict = report["encoder"]  # pyright: ignore[reportAssignmentType]
@@ -177,7 +199,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "seconds": trained.seconds,
         "report_seconds": report_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
-        "files": sorted(str(file) for file in Path(folder).iterdir()),
+        "files": sorted(str(file) for file in folder.iterdir()),
     }
 
 

@@ -224,10 +224,11 @@ def settings_of(arguments: GradiendTrainingArguments) -> dict[str, object]:
         "seed",
     ]  # fmt: skip
     if arguments.makes_closed_form:
-        names += ["calibration_fraction", "accumulator_dtype"]
+        names += ["calibration_fraction", "accumulator_dtype", "accumulator_device"]
     if arguments.solver == "adamw":
         names += [
-            "max_steps", "num_train_epochs", "learning_rate", "weight_decay",
+            "max_steps", "num_train_epochs", "learning_rate", "weight_decay", "adam_beta1",
+            "adam_beta2", "adam_epsilon",
             "per_device_train_batch_size", "n_seeds", "warm_start", "decoder_initialization",
         ]  # fmt: skip
     if arguments.prune_fraction is not None or arguments.warm_start:

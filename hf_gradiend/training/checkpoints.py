@@ -6,9 +6,11 @@ files only. All processes must see the same output folder.
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,10 +25,25 @@ from hf_gradiend.files import write_json
 from hf_gradiend.modeling_gradiend import GradiendModel, replace_files
 from hf_gradiend.training.sharding import Share
 from hf_gradiend.training.solvers import Solver, TrainingProblem
+from hf_gradiend.training.texts import LabelledTexts
 
 MAX_FILE_BYTES = 5 * 10**9  # transformers' own
 STATE = "trainer_state.json"
+_FOLDER = re.compile(r"checkpoint-(\d+)(-replaced)?")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass
+class RunState(TrainerState):
+    """Where a run is; only what it adds to `transformers.TrainerState`.
+
+    Args:
+        pending_logs: What the last step gave to log, until it has been logged and evaluated.
+        evaluated_on: What `texts_digest` gave for the evaluation texts; `None` without.
+    """
+
+    pending_logs: dict[str, float] | None = None
+    evaluated_on: str | None = None
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -42,9 +59,16 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoints in the order in which they were written; some may be of an earlier run."""
-    files = folder.glob(f"checkpoint-*/{STATE}")
-    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
+    """Checkpoints in the order in which they were written; some may be of an earlier run.
+
+    Not of their steps, of which an earlier run may have done more; steps decide where a clock or a
+    file system tells no difference. A folder of another name is none.
+    """
+    found: list[tuple[int, int, Path]] = []
+    for file in folder.glob(f"checkpoint-*/{STATE}"):
+        if name := _FOLDER.fullmatch(file.parent.name):
+            found.append((file.stat().st_mtime_ns, int(name[1]), file.parent))
+    return [path for *_, path in sorted(found)]
 
 
 def best_beside(path: Path, best: str | None) -> Path | None:
@@ -65,9 +89,7 @@ def best_beside(path: Path, best: str | None) -> Path | None:
     return next((place for place in places if (place / STATE).is_file()), None)
 
 
-def save_checkpoint(
-    path: Path, solver: Solver, state: TrainerState, run: str, share: Share
-) -> None:
+def save_checkpoint(path: Path, solver: Solver, state: RunState, run: str, share: Share) -> None:
     """Write a checkpoint, every process its own part of the solver's state.
 
     Args:
@@ -155,12 +177,19 @@ def run_digest(problem: TrainingProblem, classes: list[str]) -> str:
     content["batch_size"] = problem.batch_size
     content["selection"] = problem.selection.fingerprint
     content["classes"] = classes
-    texts = repr((problem.texts.texts, problem.texts.signs))
-    content["train_texts"] = hashlib.sha256(texts.encode()).hexdigest()
-    neutral = repr(problem.neutral and problem.neutral.texts)
-    content["neutral_texts"] = hashlib.sha256(neutral.encode()).hexdigest()
+    content["train_texts"] = texts_digest(problem.texts)
+    content["neutral_texts"] = _digest(problem.neutral and problem.neutral.texts)
     content["base_weights"] = weights_digest(problem.base_model, problem.share)
     return json.dumps(content, sort_keys=True)
+
+
+def texts_digest(texts: LabelledTexts) -> str:
+    """A digest of tokenised texts, their order and their signs."""
+    return _digest((texts.texts, texts.signs))
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def weights_digest(model: nn.Module, share: Share) -> str:
@@ -183,7 +212,7 @@ def weights_digest(model: nn.Module, share: Share) -> str:
     every = torch.tensor(sums)
     if share.base_is_sharded:
         share.sum(every)
-    return hashlib.sha256(repr(every.tolist()).encode()).hexdigest()
+    return _digest(every.tolist())
 
 
 def save_shared(

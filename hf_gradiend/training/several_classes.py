@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -152,12 +153,18 @@ def train_contrasts(
         GRADIENDs, one after the other: each holds 3 · n_selected numbers.
 
     Raises:
-        ConfigError: If the kind is another one.
+        ConfigError: If the kind is another one, or there are several processes, which it does not
+            use.
         DataError: If a text lacks the word of a class.
         BaseModelError: If the base model carries an adapter, is quantised, offloaded or broken.
     """  # noqa: DOC502 - DataError and BaseModelError are raised by what it calls
     if kind not in {"pairs", "rest"}:
         raise ConfigError(f"Expected the kind pairs or rest, but got {kind!r}.")
+    if (n := PartialState(cpu=args.use_cpu).num_processes) > 1:
+        raise ConfigError(
+            f"Expected one process for several contrasts, but got {n}. Start one, or train each "
+            f"pair on its own with feature_classes."
+        )
     names = args.feature_classes or sorted(set(train_dataset["factual_class"]))
     if all(getattr(args, name) == value for name, value in SHARED_PASS.items()):
         learned = _together(base_model, processing_class, args, train_dataset, neutral_texts)

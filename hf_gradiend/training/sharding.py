@@ -14,13 +14,13 @@ from functools import partial
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from hf_gradiend.data.collation import PreparedTexts, TargetBatch, collate
+from hf_gradiend.data.collation import TargetBatch
 from hf_gradiend.errors import BaseModelError
 from hf_gradiend.gradients.backward import Consume, GradientStream, gradient_stream
-from hf_gradiend.gradients.forward import project_texts
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter
 
 
@@ -205,9 +205,10 @@ class SharedStream(GradientStream):
     Each process runs its own texts; of a parameter's finished gradients the weighted sum
     Σ n_texts · gradient is formed over the processes and divided by this process's own n_texts, so
     that a consumer which weighs by its own texts has weighed everybody's. All processes must run
-    the same number of batches. With a plain base model a finished gradient waits until the
-    parameters that come after it in the model are done on this process (about one layer), so that
-    all processes send the same one at a time: no process ever holds n numbers.
+    the same number of batches. With a plain base model a finished gradient waits until those of
+    the parameters that come after it in the model are finished on this process (about one layer),
+    so that all processes send the same one at a time: no process ever holds n numbers. Parameters
+    that the loss does not reach are known from its graph, and not waited for.
 
     Args:
         model: Base model, prepared by `gradient_stream`.
@@ -218,6 +219,7 @@ class SharedStream(GradientStream):
     def __init__(self, model: PreTrainedModel, selection: ParameterSelection, share: Share) -> None:
         super().__init__(model)
         self.share = share
+        self.parameters = selection.parameters(model)
         self.entries = {entry.name: entry for entry in selection}
         self.own = {entry.name: entry for entry in share.of(selection)}
         self.n_texts = 1
@@ -235,6 +237,10 @@ class SharedStream(GradientStream):
             super().backward(loss, self._undoing_the_mean(consume), retain_graph=retain_graph)
         else:  # the first layers' gradients are finished last
             turns = _Turns(reversed(self.entries), self._summing(consume))
+            reached = _reached_by(loss)
+            for name, parameter in self.parameters.items():
+                if id(parameter) not in reached:
+                    turns.put(name, None)
             super().backward(loss, turns.put, retain_graph=retain_graph)
             turns.finish()
 
@@ -278,20 +284,42 @@ class _Turns:
     def __init__(self, names: Iterator[str], take: Callable[[str, Tensor | None], None]) -> None:
         self.left = deque(names)
         self.take = take
-        self.waiting: dict[str, Tensor] = {}
+        self.waiting: dict[str, Tensor | None] = {}
 
-    def put(self, name: str, gradient: Tensor) -> None:
-        """Take a finished gradient, and hand over what has its turn."""
+    def put(self, name: str, gradient: Tensor | None) -> None:
+        """Take a finished gradient, or that there will be none, and hand over what has its turn.
+
+        Raises:
+            BaseModelError: If there was none to be.
+        """
+        if name not in self.left:
+            raise BaseModelError(
+                f"Expected a base model whose graph shows all weights that a loss depends on, but "
+                f"a gradient of {name!r} came after it was taken to be zero. Does the model "
+                f"checkpoint its layers by itself? Train without shard."
+            )
         self.waiting[name] = gradient
         while self.left and self.left[0] in self.waiting:
             name = self.left.popleft()
             self.take(name, self.waiting.pop(name))
 
     def finish(self) -> None:
-        """Hand over the rest after a backward pass, also the parameters that it did not reach."""
+        """Hand over the rest after a backward pass; what did not come is none."""
         while self.left:
             name = self.left.popleft()
             self.take(name, self.waiting.pop(name, None))
+
+
+def _reached_by(loss: Tensor) -> set[int]:
+    """Identities of the parameters that a loss depends on, from its graph."""
+    seen: set[Node] = set()
+    left = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+    return {id(getattr(node, "variable", None)) for node in seen}  # which its leaves have
 
 
 def shared_stream(
@@ -316,69 +344,3 @@ def shared_stream(
         checkpointing=checkpointing,
         kind=kind if share.sharded else GradientStream,
     )
-
-
-def project_shared(
-    model: PreTrainedModel,
-    texts: PreparedTexts,
-    selection: ParameterSelection,
-    direction: Mapping[str, Tensor],
-    share: Share,
-    *,
-    pad_token_id: int,
-    batch_size: int,
-) -> Tensor:
-    """`project_texts` on several processes, each with its part of the texts.
-
-    A sharded direction is put together on every process for the pass: n_selected numbers. Where the
-    base model itself is sharded, forward mode does not work: there every process runs every text,
-    one forward and one backward pass for each word.
-
-    Args:
-        model: Base model; left as it was.
-        texts: Tokenised texts, none of them skipped.
-        selection: The whole selection.
-        direction: This process's values of the direction per name.
-        share: This process's share of the selection.
-        pad_token_id: Token id to pad with.
-        batch_size: Texts per pass.
-
-    Returns:
-        Projections of shape `(texts, words)`, float32, on the CPU; the same bits on all processes.
-    """
-    if share.base_is_sharded:
-        return _project_by_backward(model, texts, selection, direction, share, pad_token_id)
-    direction = share.whole_values(selection, direction)
-    own = PreparedTexts(texts.texts[share.rank :: share.world_size], texts.n_rows)
-    if not own:
-        return share.sum(torch.zeros(texts.n_rows, len(texts[0].readings)))
-    found = project_texts(
-        model, own, selection, direction, pad_token_id=pad_token_id, batch_size=batch_size
-    )
-    return share.sum(found.nan_to_num_(0.0))  # project_texts has refused any other NaN
-
-
-def _project_by_backward(
-    model: PreTrainedModel,
-    texts: PreparedTexts,
-    selection: ParameterSelection,
-    direction: Mapping[str, Tensor],
-    share: Share,
-    pad_token_id: int,
-) -> Tensor:
-    own = {entry.name: entry for entry in share.of(selection)}
-    projections = torch.zeros(texts.n_rows, len(texts[0].readings))
-    with shared_stream(model, selection, share) as stream:
-        for text in texts:
-            batch = collate([text], pad_token_id).to(model.device)
-
-            def projector(word: int, row: Tensor = projections[text.index]) -> Consume:
-                def add(name: str, gradient: Tensor) -> None:
-                    values = own[name].gather(gradient).flatten()
-                    along = torch.dot(direction[name].to(values).flatten(), values)
-                    row[word] += along.cpu() / share.world_size  # each process had this text
-
-                return add
-
-            stream.backward_each(stream.word_losses(batch), projector)
-    return share.sum(projections)

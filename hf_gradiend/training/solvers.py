@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from hf_gradiend.configuration_gradiend import GradiendConfig
 from hf_gradiend.data.collation import PreparedText, PreparedTexts, TargetBatch
 from hf_gradiend.errors import NumericalError
-from hf_gradiend.gradients.backward import GradientStream
+from hf_gradiend.gradients.backward import Consume, GradientStream
+from hf_gradiend.gradients.forward import project_texts
 from hf_gradiend.gradients.objectives import side_scores
 from hf_gradiend.gradients.packing import batch_for, groups_for
 from hf_gradiend.modeling_gradiend import GradiendModel
@@ -23,7 +24,7 @@ from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.calibration import fit_plane
 from hf_gradiend.training.means import ClassMeans
 from hf_gradiend.training.setup import with_parameters
-from hf_gradiend.training.sharding import Share, project_shared, shared_stream
+from hf_gradiend.training.sharding import Share, shared_stream
 from hf_gradiend.training.texts import LabelledTexts, batch_at, one_pass
 from hf_gradiend.training.update import AdamWSettings, FusedAdamW
 
@@ -110,17 +111,57 @@ class TrainingProblem:
         return tensor if self.share.sharded else self.share.sum(tensor)
 
     def project(self, texts: PreparedTexts, direction: Mapping[str, Tensor]) -> Tensor:
-        """Projections of the source gradients of texts on a direction over `own`, `(texts,)`."""
-        projections = project_shared(
+        """Projections of the source gradients of texts on a direction, each process its texts.
+
+        A sharded direction is put together on every process for the pass: n_selected numbers. Where
+        the base model itself is sharded, forward mode does not work: there every process runs every
+        text, one forward and one backward pass for each word.
+
+        Args:
+            texts: Tokenised texts, none of them skipped.
+            direction: Values of the direction over `own` per name.
+
+        Returns:
+            Projections of shape `(texts,)`, float32, on the CPU; the same bits on all processes.
+        """
+        projected = self._by_backward if self.share.base_is_sharded else self._by_forward
+        projections = self.share.sum(projected(texts, direction))  # -> (texts, words)
+        return side_scores(-projections, self.args.source)
+
+    def _by_forward(self, texts: PreparedTexts, direction: Mapping[str, Tensor]) -> Tensor:
+        """Projections of this process's texts, 0 for the others."""
+        direction = self.share.whole_values(self.selection, direction)
+        own = PreparedTexts(texts.texts[self.share.rank :: self.share.world_size], texts.n_rows)
+        if not own:
+            return torch.zeros(texts.n_rows, len(texts[0].readings))
+        found = project_texts(
             self.base_model,
-            texts,
+            own,
             self.selection,
             direction,
-            self.share,
             pad_token_id=self.pad_token_id,
             batch_size=self.args.per_device_eval_batch_size,
         )
-        return side_scores(-projections, self.args.source)
+        return found.nan_to_num_(0.0)  # project_texts has refused any other NaN
+
+    def _by_backward(self, texts: PreparedTexts, direction: Mapping[str, Tensor]) -> Tensor:
+        """Projections of all texts on this process's part of the direction."""
+        own = {entry.name: entry for entry in self.own}
+        projections = torch.zeros(texts.n_rows, len(texts[0].readings))
+        with shared_stream(self.base_model, self.selection, self.share) as stream:
+            for text in texts:
+                batch = batch_for(self.base_model, [text], self.pad_token_id)
+
+                def projector(word: int, row: Tensor = projections[text.index]) -> Consume:
+                    def add(name: str, gradient: Tensor) -> None:
+                        values = own[name].gather(gradient).flatten()
+                        along = torch.dot(direction[name].to(values).flatten(), values)
+                        row[word] += along.cpu() / self.share.world_size  # all had this text
+
+                    return add
+
+                stream.backward_each(stream.word_losses(batch), projector)
+        return projections
 
 
 class Solver(Protocol):

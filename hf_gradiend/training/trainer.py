@@ -18,7 +18,6 @@ from transformers.trainer_callback import (
     DefaultFlowCallback,
     ProgressCallback,
     TrainerControl,
-    TrainerState,
 )
 
 from hf_gradiend.base_models import check_base_model, objective_of, pad_token_id_of
@@ -32,6 +31,7 @@ from hf_gradiend.parameters import select_parameters
 from hf_gradiend.training.arguments import GradiendTrainingArguments
 from hf_gradiend.training.checkpoints import (
     STATE,
+    RunState,
     best_beside,
     checkpoints_in,
     load_solver,
@@ -40,6 +40,7 @@ from hf_gradiend.training.checkpoints import (
     run_digest,
     save_checkpoint,
     save_shared,
+    texts_digest,
 )
 from hf_gradiend.training.interrupts import interrupts_held_back
 from hf_gradiend.training.pruning import part_of, prune
@@ -170,7 +171,7 @@ class GradiendTrainer:
             device=self.accelerator.device,
         )
         self.share = share_of(base_model, self.selection, own, shard=args.shard)
-        self.state = TrainerState()
+        self.state = RunState()
         self.control = TrainerControl()
         standard = [DefaultFlowCallback, *([] if args.disable_tqdm else [ProgressCallback])]
         reporting = get_reporting_integration_callbacks(args.report_to)
@@ -205,7 +206,7 @@ class GradiendTrainer:
 
         Raises:
             ConfigError: If a checkpoint is asked for and there is none, or it was made with other
-                arguments.
+                arguments, or its step is beyond this run's last.
             NumericalError: If a loss is NaN or infinite.
             OutputError: If `output_dir` cannot be written.
         """  # noqa: DOC502 - NumericalError is raised by the solvers
@@ -226,7 +227,8 @@ class GradiendTrainer:
             else AdamWSolver(problem, start)
         )
         self._run = run_digest(problem, self.classes)
-        self._begin(TrainerState(num_train_epochs=1), solver)
+        self.control = TrainerControl()
+        self._begin(RunState(num_train_epochs=1), solver)
         if resume:
             self._resume(solver, folder, wanted=resume)
         self._loop(solver, problem, folder)
@@ -252,8 +254,9 @@ class GradiendTrainer:
             history=list(self.state.log_history),
         )
 
-    def _begin(self, state: TrainerState, solver: Solver) -> None:
+    def _begin(self, state: RunState, solver: Solver) -> None:
         """Take over a state, new or of a checkpoint, which was written by the main process."""
+        state.evaluated_on = texts_digest(self.eval_texts) if self.eval_texts else None
         state.max_steps = solver.n_steps  # which may be more than the first run's
         state.is_local_process_zero = self.accelerator.is_local_main_process
         state.is_world_process_zero = self.accelerator.is_main_process
@@ -289,18 +292,20 @@ class GradiendTrainer:
                 problem.stream() as stream,
                 interrupts_held_back(self.share) as interrupt_now,
             ):
-                for number in range(self.state.global_step, solver.n_steps):
+                while True:
+                    logs = self.state.pending_logs
+                    if logs is not None:  # of this run, or of the one that it goes on from
+                        self._end_step(solver, folder, logs)
+                        interrupt_now()
+                    number = self.state.global_step
+                    if self.control.should_training_stop or number >= solver.n_steps:
+                        break
                     self.control = self.callbacks.on_step_begin(args, self.state, self.control)
                     whole = False
-                    logs = solver.step(stream, number)
-                    whole = True
+                    self.state.pending_logs = solver.step(stream, number)
                     self.state.global_step = number + 1
                     self.state.epoch = (number + 1) / solver.n_steps
-                    self.control = self.callbacks.on_step_end(args, self.state, self.control)
-                    self._after_step(solver, folder, logs)
-                    interrupt_now()
-                    if self.control.should_training_stop:
-                        break
+                    whole = True
         except KeyboardInterrupt:
             if self.state.global_step and whole:
                 self._save_checkpoint(solver, folder)
@@ -310,17 +315,30 @@ class GradiendTrainer:
                 )
             raise
 
-    def _after_step(self, solver: Solver, folder: Path, logs: Mapping[str, float]) -> None:
-        if self.control.should_log:
-            self._log(logs)
+    def _end_step(self, solver: Solver, folder: Path, logs: Mapping[str, float]) -> None:
+        """Log, evaluate and save after a step, as the callbacks want it.
+
+        Raises:
+            KeyboardInterrupt: If it is interrupted. Until the step is evaluated that takes all back
+                that was done here, for the resumed run to do.
+        """
+        before = replace(self.state, log_history=list(self.state.log_history))
         is_best = False
-        if self.control.should_evaluate and self.eval_texts and self.args.solver == "adamw":
-            is_best = self._evaluate(solver)
+        try:
+            self.control = self.callbacks.on_step_end(self.args, self.state, self.control)
+            if self.control.should_log:
+                self._log(logs)
+            if self.control.should_evaluate and self.eval_texts and self.args.solver == "adamw":
+                is_best = self._evaluate(solver)
+            if is_best:
+                self.state.best_model_checkpoint = str(self._checkpoint(folder))
+            self.state.pending_logs = None
+        except KeyboardInterrupt:
+            self.state = before
+            raise
         # Transformers saves at the last step; the closed form has nothing left to resume there.
         spent = self.args.solver == "closed_form" and self.state.global_step >= solver.n_steps
         if is_best or (self.control.should_save and not spent):
-            if is_best:
-                self.state.best_model_checkpoint = str(self._checkpoint(folder))
             self._save_checkpoint(solver, folder)
 
     def _evaluate(self, solver: Solver) -> bool:
@@ -464,17 +482,27 @@ class GradiendTrainer:
         else:
             path = [folder / "checkpoint-*", *checkpoints_in(folder)][-1]
         load_solver(path, solver, self.share, self._run)
-        state = TrainerState.load_from_json(str(path / STATE))
+        state = RunState.load_from_json(str(path / STATE))
+        if state.global_step > solver.n_steps:
+            raise ConfigError(
+                f"Expected a checkpoint of a step that this run reaches, but {str(path)!r} is at "
+                f"step {state.global_step}, and this run has {solver.n_steps} in all. Raise "
+                f"max_steps or num_train_epochs, name an earlier checkpoint, or train without "
+                f"resume_from_checkpoint."
+            )
         before, best = state.best_model_checkpoint, best_beside(path, state.best_model_checkpoint)
+        why = "is gone"
+        if state.evaluated_on != self.state.evaluated_on:  # their correlations do not compare
+            best, why = None, "was chosen on other evaluation texts"
         if not self.args.load_best_model_at_end:
             best = None
-        elif best is None:  # of the steps from here on
+        elif best is None and before is not None:
+            logger.warning(
+                "The best checkpoint until step %d, %s, %s: it takes no part in the choice.",
+                state.global_step, before, why,
+            )  # fmt: skip
+        if best is None:  # of the steps from here on
             state.best_metric = state.best_global_step = None
-            if before is not None:
-                logger.warning(
-                    "The best checkpoint until step %d, %s, is gone: the best later one is kept.",
-                    state.global_step, before,
-                )  # fmt: skip
         state.best_model_checkpoint = None if best is None else str(best)
         self._begin(state, solver)
 

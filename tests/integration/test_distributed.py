@@ -1,6 +1,7 @@
 """Two and three processes against one: the same numbers, whole or sharded, and exact resuming."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from hf_gradiend.modeling_gradiend import GradiendModel
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "tests" / "integration" / "programs" / "train_cases.py"
+PROGRAMS = ROOT / "tests" / "integration" / "programs"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 COMMON = {"max_train_texts": 40, "max_eval_texts": 8, "seed": 3, "load_best_model_at_end": False}
 ADAMW = {"solver": "adamw", "max_steps": 10, "learning_rate": 1e-3, "eval_steps": 5,
@@ -67,6 +68,22 @@ def place(tmp_path_factory, session_models, session_tokenizers, session_planted)
     return folder
 
 
+def launched(
+    place: Path, processes: int, program: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Run one of the programs beside this file, alone or under torchrun."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if "ACCELERATE" not in name},
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+        "HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    launch = (*TORCHRUN, str(processes)) if processes > 1 else ()
+    return subprocess.run(
+        [sys.executable, *launch, str(PROGRAMS / program), *arguments],
+        env=environment, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def run(place, session_planted):
     """Function of a number of processes and cases that runs them; what each process saw."""
@@ -76,16 +93,7 @@ def run(place, session_planted):
         file, found = place / f"settings-{processes}.json", place / f"found-{processes}-{{rank}}"
         content = {"cases": cases, "data": data, "found": str(found)}
         file.write_text(json.dumps(content), "utf-8")
-        environment = {
-            **{name: value for name, value in os.environ.items() if "ACCELERATE" not in name},
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-            "HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
-        launch = (*TORCHRUN, str(processes)) if processes > 1 else ()
-        done = subprocess.run(
-            [sys.executable, *launch, str(PROGRAM), str(file)],
-            env=environment, capture_output=True, text=True, check=False, timeout=600,
-        )  # fmt: skip
+        done = launched(place, processes, "train_cases.py", str(file))
         assert done.returncode == 0, done.stderr[-6000:]
         files = [Path(str(found).format(rank=rank)) for rank in range(processes)]
         ranks = [json.loads(file.read_text("utf-8")) for file in files]
@@ -222,7 +230,7 @@ def test_several_processes_go_on_to_the_same_bits(several, group, solver, base, 
         assert rank[f"stopped-{name}"] == {"stopped": STOP[solver]}  # the control
         resumed = rank[f"resumed-{name}"]
         assert resumed["digest"] == rank[name]["digest"]
-        assert losses(resumed)[-1] == losses(rank[name])[-1]
+        assert resumed["history"] == rank[name]["history"]
         assert resumed["shows"] == rank[name]["shows"]
 
 
@@ -230,3 +238,62 @@ def test_ctrl_c_at_one_process_stops_all_after_the_same_step(several):
     for rank in several("two"):
         assert rank["ctrl_c"] == {"stopped": 3}
         assert rank["after_ctrl_c"]["digest"] == rank["closed_form-bert-whole"]["digest"]
+
+
+# ---- the command line ----
+
+
+@pytest.fixture(scope="module")
+def command(place, session_planted):
+    """Function of options of `hf-gradiend train` that runs it on two processes."""
+    planted, data = session_planted("gpt2"), place / "data"
+    planted.model.save_pretrained(place / "gpt2")
+    planted.tokenizer.save_pretrained(place / "gpt2")
+    data.mkdir()
+    for name, part in planted.data.items():
+        part.to_json(data / f"{name}.jsonl")
+
+    def command(*options: str) -> subprocess.CompletedProcess[str]:
+        base = ("--base_model", str(place / "gpt2"), "--dataset", str(data))
+        return launched(place, 2, "command.py", "train", *base, *options)
+
+    return command
+
+
+@pytest.mark.parametrize("form", ["json", "table"])
+def test_one_process_of_the_command_writes_and_prints(command, tmp_path, form):
+    folder = tmp_path / "out"
+    options = ["--json"] if form == "json" else []
+
+    done = command("--output_dir", str(folder), "--batch_size", "4", *options)
+
+    assert done.returncode == 0, done.stderr[-6000:]
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    correlation = report["encoder"]["splits"]["test"]["correlation"]["value"]
+    lines = done.stdout.splitlines()
+    if form == "json":
+        (line,) = lines
+        assert json.loads(line)["encoder"]["test"]["correlation"] == correlation > 0.85
+    else:
+        assert [line.split()[0] for line in lines].count("test") == 1
+        assert sum(line.startswith("Wrote") for line in lines) == 1
+    # The control: two processes with 4 texts each shared the steps.
+    n_fitted = 0.75 * report["n_texts"]["train"]
+    assert report["training"]["global_step"] == 2 * math.ceil(n_fitted / 2 / 8)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--contrasts", "pairs"], "one process for several contrasts, but got 2"),
+        (["--estimate"], "--estimate on one process, but got 2"),
+    ],
+    ids=str,
+)
+def test_what_the_command_does_on_one_process_alone_is_refused(command, tmp_path, option, message):
+    done = command("--output_dir", str(tmp_path / "out"), *option)
+
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr.split("hf-gradiend train:")[0]
+    assert not done.stdout

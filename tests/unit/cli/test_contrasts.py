@@ -70,6 +70,24 @@ def test_every_contrast_has_a_gradiend_and_a_report(place, capsys, kind, names):
         assert gradiend.config.feature_classes == [name.split("-")]
 
 
+def test_every_report_says_its_own_seconds_and_those_of_the_pass_that_all_share(place, capsys):
+    folder = place / "out"
+
+    _, out, _ = train(place, capsys, "--contrasts", "pairs", "--output_dir", str(folder))
+
+    result = json.loads(out.splitlines()[-1])
+    trainings = {
+        name: json.loads((folder / name / "report.json").read_text("utf-8"))["training"]
+        for name in result["contrasts"]
+    }
+    shared = {training["shared_pass_seconds"] for training in trainings.values()}
+    assert shared == {result["shared_pass_seconds"]}
+    for name, training in trainings.items():
+        assert training["seconds"] == result["contrasts"][name]["seconds"] > 0
+    own = sum(training["seconds"] for training in trainings.values())
+    assert own + result["shared_pass_seconds"] < result["seconds"]  # reading takes its time, too
+
+
 def test_a_pair_also_reads_the_words_of_the_other_classes(place, capsys):
     folder = place / "out"
 

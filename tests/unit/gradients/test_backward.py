@@ -14,6 +14,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from hf_gradiend.base_models import check_base_model
 from hf_gradiend.errors import BaseModelError, CompatibilityError, NumericalError
 from hf_gradiend.gradients.backward import encode_by_backward, gradient_stream, gradients
+from hf_gradiend.gradients.objectives import target_log_probabilities
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter, select_parameters
 
 SIDES = ("factual", "counterfactual", "diff")
@@ -623,3 +624,27 @@ def test_a_loss_that_is_not_a_number_is_an_error_that_says_what_to_do(make_lm, b
         NumericalError, match=r"finite factual loss, but got nan.*load it in float32"
     ):
         gradients(lm.model, batch_of(lm, [ROW]), select_parameters(lm.model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_of_embeddings_gives_its_gradient_without_dense_copies(make_lm, batch_of, tied):
+    lm = make_lm("llama", tie_word_embeddings=tied)
+    selection = select_parameters(lm.model, "backbone")
+    batch = batch_of(lm, ROWS)
+    name = next(name for name in selection.names if "embed" in name)
+    table = selection.parameters(lm.model)[name]
+    found = {}
+
+    with gradient_stream(lm.model, selection) as stream:
+        sparse = lm.model.get_input_embeddings().sparse
+        losses = stream.losses(batch, ["factual"])
+        stream.backward(losses["factual"], lambda key, value: found.update({key: value}))
+
+    scores = target_log_probabilities(lm.model.requires_grad_(), batch)
+    (expected,) = torch.autograd.grad(-scores[:, 0].mean(), table)
+    assert sparse
+    assert not lm.model.get_input_embeddings().sparse
+    assert not found[name].is_sparse
+    torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-5)
+    rows = expected.abs().sum(1) > 0
+    assert rows.all() if tied else 0 < rows.sum() < len(rows)  # the head reaches every row

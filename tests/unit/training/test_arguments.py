@@ -203,8 +203,14 @@ def test_layers_are_checkpointed_where_transformers_is_told_so(arguments):
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        ({"prune_fraction": 0.1}, {"prune_fraction", "prune_texts", "accumulator_dtype"}),
-        ({"solver": "adamw"}, {"learning_rate", "decoder_initialization", "n_seeds"}),
+        (
+            {"prune_fraction": 0.1, "accumulator_device": "base_model"},
+            {"prune_fraction", "prune_texts", "accumulator_dtype"},
+        ),
+        (
+            {"solver": "adamw", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
+            {"learning_rate", "decoder_initialization", "n_seeds"},
+        ),
         ({"solver": "adamw", "warm_start": True}, {"prune_texts", "calibration_fraction"}),
     ],
 )

@@ -1,15 +1,18 @@
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
-from transformers import TrainerState
 
 from hf_gradiend.errors import ConfigError
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.checkpoints import (
+    STATE,
+    RunState,
     checkpoints_in,
     load_solver,
     remove_leftovers,
@@ -30,9 +33,7 @@ def solver_of(value: float, *, same_everywhere: bool = True):
 
 def saved(folder: Path, step: int, value: float, **settings) -> Path:
     path = folder / f"checkpoint-{step}"
-    save_checkpoint(
-        path, solver_of(value, **settings), TrainerState(global_step=step), "run", Share()
-    )
+    save_checkpoint(path, solver_of(value, **settings), RunState(global_step=step), "run", Share())
     return path
 
 
@@ -88,6 +89,19 @@ def test_the_best_and_the_last_are_kept(tmp_path):
         "checkpoint-1", "checkpoint-4", "checkpoint-5"
     ]  # fmt: skip
     assert [path.name[-1] for path in checkpoints_in(tmp_path)] == ["1", "4", "5"]
+
+
+def test_checkpoints_of_one_moment_are_in_the_order_of_their_steps(tmp_path):
+    moment = 10**18
+    for step in (100, 9, 30, 10, 11, 8, 2):
+        os.utime(saved(tmp_path, step, 1.0) / STATE, ns=(moment, moment))
+    os.utime(saved(tmp_path, 5, 1.0) / STATE, ns=(moment + 1, moment + 1))
+    shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "checkpoint-of-mine")
+
+    found = [path.name.removeprefix("checkpoint-") for path in checkpoints_in(tmp_path)]
+
+    # Step 5 was done later than 100, by another run; a folder of another name is not one.
+    assert found == ["2", "8", "9", "10", "11", "30", "100", "5"]
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):

@@ -160,7 +160,7 @@ def test_what_an_adamw_training_holds_is_the_size_of_its_tensors(
 def test_an_estimate_sees_whether_batches_have_several_parts(trainer_of, monkeypatch):
     held = []
     for tokens in (10_000, 30):
-        monkeypatch.setattr(solvers, "TOKENS_PER_PASS", tokens)
+        monkeypatch.setattr(estimate_module, "TOKENS_PER_PASS", tokens)
         found = estimate_training(trainer_of(solver="adamw", max_steps=5))
         held.append({phase.name: phase.held_bytes for phase in found.phases}["steps"])
 

@@ -1,6 +1,7 @@
 """Several classes from one pass: the same numbers as each pair on its own."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hf_gradiend.errors import ConfigError, DataError
 from hf_gradiend.gradients.backward import gradient_stream
 from hf_gradiend.gradients.packing import passes_over
 from hf_gradiend.parameters import select_parameters
+from hf_gradiend.training import several_classes
 from hf_gradiend.training.calibration import fit_plane, fit_scale
 from hf_gradiend.training.class_texts import class_texts
 from hf_gradiend.training.contrasts import all_pairs, one_against_rest, rows_of
@@ -264,3 +266,14 @@ def test_what_cannot_be_learned_is_refused(make_lm, arguments):
     few = long_form({name: texts[:1] for name, texts in OWN.items()})
     with pytest.raises(DataError, match="at least two texts of F"):
         train_contrasts(lm.model, lm.tokenizer, arguments(), few)
+
+
+def test_several_processes_are_refused(make_lm, arguments, monkeypatch):
+    lm = make_lm("gpt2")
+    rows = long_form(OWN)
+    train_contrasts(lm.model, lm.tokenizer, arguments(), rows)  # the control
+
+    two = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr(several_classes, "PartialState", lambda **_: two)
+    with pytest.raises(ConfigError, match="one process for several contrasts, but got 2"):
+        train_contrasts(lm.model, lm.tokenizer, arguments(), rows)

@@ -1,10 +1,21 @@
 import pytest
 import torch
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from hf_gradiend.errors import BaseModelError
+from hf_gradiend.gradients.backward import gradients
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter, select_parameters
-from hf_gradiend.training.sharding import Share, _Turns, rows_of, shard_of, share_of, span_of
+from hf_gradiend.training import sharding
+from hf_gradiend.training.sharding import (
+    Share,
+    _Turns,
+    rows_of,
+    shard_of,
+    share_of,
+    shared_stream,
+    span_of,
+)
 
 WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 
@@ -85,6 +96,47 @@ def test_gradients_are_handed_over_in_one_order():
     turns.finish()
 
     assert taken == [("a", 1), ("b", 2), ("c", None), ("d", 4)]  # no gradient came for "c"
+
+
+def test_a_gradient_that_comes_after_its_turn_is_an_error_and_not_lost():
+    turns = _Turns(iter("ab"), lambda *_: None)
+    turns.put("a", None)
+
+    with pytest.raises(BaseModelError, match="'a' came after it was taken to be zero"):
+        turns.put("a", torch.ones(2))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("unused", [False, True])
+def test_few_gradients_wait_also_where_the_loss_does_not_reach_the_last_parameter(
+    make_lm, batch_of, monkeypatch, unused, checkpointing
+):
+    lm = make_lm("llama", num_hidden_layers=6)
+    if unused:  # the last of all, so that all others come after it
+        lm.model.model.layers[-1].post_attention_layernorm.unused = nn.Parameter(torch.ones(3, 2))
+    selection = select_parameters(lm.model)
+    name = "model.layers.5.post_attention_layernorm.unused"
+    assert (selection.names[-1] == name) == unused
+    waiting = []
+
+    class Watched(_Turns):
+        def put(self, name, gradient):
+            super().put(name, gradient)
+            waiting.append(len(self.waiting))
+
+    monkeypatch.setattr(sharding, "_Turns", Watched)
+    batch = batch_of(lm, [("Anna said that [TARGET] was late.", "she", "he")])
+    found = {}
+    share = Share(sharded=True)
+    with shared_stream(lm.model, selection, share, checkpointing=checkpointing) as stream:
+        stream.backward(stream.losses(batch, ["factual"])["factual"], found.__setitem__)
+
+    per_layer = sum(name.startswith("model.layers.0.") for name in selection.names)
+    assert max(waiting) <= per_layer
+    assert len(found) == 6 * per_layer + unused  # the control: there were many more
+    expected = gradients(lm.model, batch, selection, ["factual"])["factual"]
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    assert not unused or not found[name].any()
 
 
 @pytest.fixture

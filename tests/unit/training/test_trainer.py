@@ -22,6 +22,9 @@ from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.training.trainer import GradiendTrainer
 
 SOLVERS = pytest.mark.parametrize("solver", ["closed_form", "adamw"])
+BEST_IN_THE_MIDDLE = {
+    "solver": "adamw", "max_steps": 24, "learning_rate": 0.05, "eval_steps": 2, "save_steps": 2,
+}  # fmt: skip
 LEARNING = {
     "closed_form": {"solver": "closed_form"},
     "adamw": {"solver": "adamw", "max_steps": 100},
@@ -409,13 +412,14 @@ def test_checkpoints_of_an_earlier_run_do_not_displace_those_of_this_one(
     )
     with pytest.raises(KeyboardInterrupt):
         interrupted.train()
-    result = trainer_of(planted_bert, evaluate=False, max_steps=8, **settings).train(
+    recorder = Recorder()
+    trainer_of(planted_bert, evaluate=False, max_steps=8, callbacks=[recorder], **settings).train(
         resume_from_checkpoint=True
     )
 
     # Steps 6 to 8 were done by the last call, after 1 to 5 of the call before it.
     assert (tmp_path / "run" / "checkpoint-8").is_dir()
-    assert [log["step"] for log in result.history if "loss" in log] == [1, 2, 3, 4, 6, 7, 8]
+    assert recorder.events.count("step_begin") == 3
 
 
 def test_a_share_of_all_steps_is_a_number_of_steps(planted_bert, trainer_of):
@@ -476,15 +480,45 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 
     with pytest.raises(KeyboardInterrupt):
         trainer_of(planted_bert, callbacks=[Stop(step)], **settings).train()
-    again = trainer_of(planted_bert, **settings)
+    recorder = Recorder()
+    again = trainer_of(planted_bert, callbacks=[recorder], **settings)
     resumed = again.train(resume_from_checkpoint=True)
 
     assert_same_bits(again.model, whole.model)
     assert resumed.global_step == result.global_step > step
     assert resumed.best_step == result.best_step
+    assert resumed.history == result.history
     # The control: it went on, and did not begin again.
-    steps = [log["step"] for log in resumed.history if not any("eval" in key for key in log)]
-    assert steps == [s for s in range(1, result.global_step + 1) if s != step]
+    assert recorder.events.count("step_begin") == result.global_step - step
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_evaluate", "on_save"])
+def test_a_step_that_was_interrupted_before_its_evaluation_is_evaluated_on_resuming(
+    planted_bert, trainer_of, tmp_path, event
+):
+    settings = {**BEST_IN_THE_MIDDLE, "save_total_limit": 1}
+    whole = trainer_of(planted_bert, output_dir=str(tmp_path / "whole"), **settings)
+    result = whole.train()
+    best_step = result.best_step
+    assert 2 < best_step < 20  # the control: neither the first nor the last is the best
+
+    class StopAt(TrainerCallback):
+        def stop(self, _, state, *__, **___):
+            if state.global_step == best_step:
+                raise KeyboardInterrupt
+
+    setattr(StopAt, event, StopAt.stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(planted_bert, callbacks=[StopAt()], **settings).train()
+    recorder = Recorder()
+    again = trainer_of(planted_bert, callbacks=[recorder], **settings)
+    resumed = again.train(resume_from_checkpoint=True)
+
+    assert recorder.events.count("step_begin") == result.global_step - best_step  # the control
+    assert (best_step in recorder.evaluated) == (event != "on_save")
+    assert resumed.history == result.history
+    assert resumed.best_step == best_step
+    assert_same_bits(again.model, whole.model)
 
 
 @SOLVERS
@@ -565,6 +599,24 @@ def test_a_finished_run_can_be_made_longer(planted_bert, trainer_of, tmp_path):
     assert_same_bits(longer.model, whole.model)
 
 
+def test_a_finished_run_is_finished_and_not_made_shorter(planted_bert, trainer_of):
+    settings = {"solver": "adamw", "save_steps": 2, "eval_steps": 2}
+    finished = trainer_of(planted_bert, max_steps=4, **settings)
+    result = finished.train()
+    recorder = Recorder()
+
+    again = trainer_of(planted_bert, max_steps=4, callbacks=[recorder], **settings)
+    resumed = again.train(resume_from_checkpoint=True)
+
+    assert "step_begin" not in recorder.events
+    assert (resumed.global_step, resumed.best_step) == (4, result.best_step)
+    assert resumed.history == result.history
+    assert_same_bits(again.model, finished.model)
+    with pytest.raises(ConfigError, match="at step 4, and this run has 3 in all") as caught:
+        trainer_of(planted_bert, max_steps=3, **settings).train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -611,9 +663,7 @@ def test_resuming_with_other_arguments_or_data_is_refused_in_one_line(
 @pytest.fixture
 def stopped_after_its_best(planted_bert, trainer_of, tmp_path, monkeypatch):
     """Settings of a run with its best step in the middle, that step, and the step it stopped at."""
-    settings = {
-        "solver": "adamw", "max_steps": 24, "learning_rate": 0.05, "eval_steps": 2, "save_steps": 2,
-    }  # fmt: skip
+    settings = {**BEST_IN_THE_MIDDLE}
     best = trainer_of(planted_bert, output_dir=str(tmp_path / "whole"), **settings).train()
     assert 2 < best.best_step < 20  # the control: neither the first nor the last is the best
     monkeypatch.chdir(tmp_path)
@@ -680,6 +730,39 @@ def test_where_the_best_checkpoint_is_gone_the_best_later_one_is_kept(
 
     assert result.best_step == stopped_at + 1
     assert f"checkpoint-{best_step}, is gone" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["rows", "number", "none", "steps"])
+def test_the_best_on_other_evaluation_texts_takes_no_part_in_the_choice(
+    planted_bert, trainer_of, tmp_path, stopped_after_its_best, caplog, change
+):
+    settings, best_step, stopped_at = stopped_after_its_best
+    state = json.loads(
+        (tmp_path / "run" / f"checkpoint-{stopped_at}" / "trainer_state.json").read_text("utf-8")
+    )
+    assert state["best_global_step"] == best_step  # the control: there is one to be dropped
+    changed = {
+        "rows": {"validation": shuffled_labels(planted_bert.data["validation"], seed=0)},
+        "number": {"max_eval_texts": 32},
+        "none": {"evaluate": False},
+        "steps": {"eval_steps": 4, "save_steps": 4},  # as many texts, read less often
+    }[change]
+    again = trainer_of(planted_bert, output_dir="run", **{**settings, **changed})
+
+    result = again.train(resume_from_checkpoint=True)
+
+    assert result.global_step == settings["max_steps"]
+    if change == "steps":
+        assert result.best_step == best_step
+        assert "other evaluation texts" not in caplog.text
+        return
+    assert f"checkpoint-{best_step}, was chosen on other evaluation texts" in caplog.text
+    if change == "none":
+        assert result.best_step is None
+    else:
+        later = {log["step"]: log["eval_correlation"] for log in result.history
+                 if "eval_correlation" in log and log["step"] > stopped_at}  # fmt: skip
+        assert result.best_step == max(later, key=lambda step: (later[step], -step))
 
 
 def test_a_best_checkpoint_of_another_run_is_refused(
