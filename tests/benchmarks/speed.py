@@ -70,10 +70,13 @@ def pieces(args, setting):
         found["training_step"]["gradiend_seconds"] = theirs["seconds_per_step"]
         found["encodings"]["gradiend_seconds"] = theirs["encode_seconds_per_text"]
         # The same again on the paper's choice of weights, as a whole: model, steps and files.
-        whole = replace(setting, selection="backbone")
+        whole = replace(setting, selection="backbone", steps=args.whole_steps)
         ours, theirs = piece("training_step", whole), peer(args, whole, encode_texts=0)
         found["whole_training"] = {
             "n_selected": ours["n_selected"],
+            "steps": whole.steps + 1,
+            "step_seconds": ours["seconds"],
+            "gradiend_step_seconds": theirs["seconds_per_step"],
             "seconds": ours["whole_seconds"],
             "gradiend_seconds": theirs["train_seconds"],
             "peak_rss_bytes": ours["peak_rss_bytes"],
@@ -127,6 +130,7 @@ def main():
     parser.add_argument("--peer_python", help="Python of an environment with gradiend 0.2.3")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--whole_steps", type=int, default=16, help="of the whole training")
     parser.add_argument("--only", nargs="+", choices=sorted(PIECES), help="these pieces alone")
     parser.add_argument("--grow", action="store_true", help="measure the growth as well")
     parser.add_argument("--piece", help=argparse.SUPPRESS)

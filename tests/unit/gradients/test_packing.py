@@ -171,25 +171,25 @@ def test_a_model_is_asked_once_for_each_kind_of_attention(make_lm, monkeypatch):
     assert len(asked) == 2
 
 
-def test_rows_hold_whole_texts_up_to_their_length():
-    batch = collate(of_lengths(9, 4, 30, 7, 1), 0)
+def test_rows_hold_whole_texts_and_little_padding():
+    lengths = (9, 4, 8, 7, 1)
+    batch = collate(of_lengths(*lengths), 0)
 
-    packed = pack(batch, Packing(3, "text"), 0, row_length=12)
+    packed = pack(batch, Packing(3, "text"), 0, longest_row=12)
 
-    # A text longer than a row makes all of them as long.
-    assert packed.input_ids.shape == (2, 30)
-    packed = pack(collate(of_lengths(9, 4, 8, 7, 1), 0), Packing(3, "text"), 0, row_length=12)
-    assert packed.input_ids.shape == (3, 12)  # 9 + 1, 4 + 8, 7
-    assert packed.position_ids[1].tolist() == [3, 4, 5, 6, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert packed.site_rows.tolist() == [0, 1, 1, 2, 0]
-    assert packed.site_positions.tolist() == [8, 3, 11, 6, 9]
-    seen = packed.attention_mask[0, 0] == 0
-    assert seen[0].tolist() == [True] * 9 + [False] * 3
-    assert seen[9].tolist() == [False] * 9 + [True] + [False] * 2
-    assert seen[10].tolist() == [False] * 10 + [True] * 2  # what pads the row sees itself
-    tokens = [t for row, n in zip(of_lengths(9, 4, 8, 7, 1), (9, 4, 8, 7, 1), strict=True)
-              for t in row.readings[0].input_ids[:n]]  # fmt: skip
+    # 9 + 1, 8, 7 + 4: of two rows one would be longer than 12, and four hold more padding.
+    assert packed.input_ids.shape == (3, 11)
+    assert packed.site_rows.tolist() == [0, 2, 1, 2, 1]
+    assert packed.site_positions.tolist() == [8, 10, 7, 6, 8]
+    assert packed.position_ids[2].tolist() == [3, 4, 5, 6, 7, 8, 9, 3, 4, 5, 6]
+    seen = packed.attention_mask[:, 0] == 0
+    assert seen[2, 6].tolist() == [True] * 7 + [False] * 4
+    assert seen[2, 7].tolist() == [False] * 7 + [True] * 4
+    assert seen[0, 9].tolist() == [False] * 9 + [True] * 2  # what pads a row sees itself
+    tokens = [token for text in of_lengths(*lengths) for token in text.readings[0].input_ids]
     assert sorted(packed.input_ids[packed.input_ids > 0].tolist()) == sorted(tokens)
+    # Without a limit, short texts all stand in one row.
+    assert pack(batch, Packing(0, None), 0).input_ids.shape == (1, 29)
 
 
 def test_a_causal_mask_hides_what_comes_later():
@@ -206,7 +206,7 @@ def test_a_causal_mask_hides_what_comes_later():
 
 def test_texts_that_cannot_be_joined_stay_as_they_are():
     batch = collate(of_lengths(9, 8), 0)
-    assert pack(batch, Packing(0, None), 0, row_length=12) is batch
+    assert pack(batch, Packing(0, None), 0, longest_row=12) is batch
     alone = collate(of_lengths(9), 0)
     assert pack(alone, Packing(0, None), 0) is alone
 
