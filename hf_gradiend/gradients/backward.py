@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_gradiend.base_models import (
@@ -41,6 +42,8 @@ class GradientStream:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.consume: Consume | None = None
+        # Of the parameters that several modules share, what has come in of each sum.
+        self.shared: dict[str, Tensor | None] = {}
 
     def losses(self, batch: TargetBatch, sides: Sequence[str]) -> dict[str, Tensor]:
         """Mean token loss over the batch for each side, from one forward pass.
@@ -117,16 +120,34 @@ class GradientStream:
             retain_graph: Keep the graph for another loss of the same forward pass.
         """
         self.consume = consume
+        self.shared = dict.fromkeys(self.shared)
         try:
             loss.backward(retain_graph=retain_graph)
+            for name in self.shared:
+                gradient, self.shared[name] = self.shared[name], None
+                if gradient is not None:
+                    consume(name, _dense(gradient))
         finally:
             self.consume = None
+            self.shared = dict.fromkeys(self.shared)
 
     def hand_over(self, parameter: nn.Parameter, *, name: str) -> None:
         """Hook of a parameter: pass its finished gradient on and free it."""
         gradient, parameter.grad = parameter.grad, None
-        if self.consume is not None and gradient is not None:
-            self.consume(name, gradient.to_dense() if gradient.is_sparse else gradient)
+        if self.consume is None or gradient is None:
+            return
+        if name not in self.shared:
+            self.consume(name, _dense(gradient))
+            return
+        held = self.shared[name]
+        if held is None:
+            self.shared[name] = gradient
+        else:  # in place of a third tensor, as autograd makes one
+            self.shared[name] = gradient.add_(held) if held.is_sparse else held.add_(gradient)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 @contextmanager
@@ -163,10 +184,12 @@ def gradient_stream(
         for parameter, _, _ in before:
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in chosen)
-        for name, parameter in parameters.items():
-            hook = partial(stream.hand_over, name=name)
-            handles.append(parameter.register_post_accumulate_grad_hook(hook))
         with ExitStack() as stack:
+            twins = stack.enter_context(_untied(model, parameters))
+            stream.shared = dict.fromkeys(name for name, _ in twins)
+            for name, parameter in (*parameters.items(), *twins):
+                hook = partial(stream.hand_over, name=name)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))
             stack.enter_context(evaluation_mode(model))
             stack.enter_context(without_cache(model))
             stack.enter_context(sparse_embeddings(model))
@@ -180,6 +203,42 @@ def gradient_stream(
         for parameter, requires_grad, grad in before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+@contextmanager
+def _untied(
+    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Give each module that shares a parameter one of its own, of the same memory.
+
+    A head and a table of embeddings that are one parameter then finish their gradients apart, to be
+    added in place. FSDP2 shares out parameters that are known to it: those stay.
+
+    Yields:
+        The new parameters, each with the name of the one that it stands for.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    places = [
+        (module, attribute, parameter)
+        for module in model.modules()
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in names and not isinstance(parameter, DTensor)
+    ]
+    seen: set[int] = set()
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    twins: list[tuple[str, nn.Parameter]] = []
+    try:
+        for module, attribute, parameter in places:
+            if id(parameter) in seen:
+                twin = nn.Parameter(parameter.detach())
+                replaced.append((module, attribute, parameter))
+                setattr(module, attribute, twin)
+                twins.append((names[id(parameter)], twin))
+            seen.add(id(parameter))
+        yield twins
+    finally:
+        for module, attribute, parameter in replaced:
+            setattr(module, attribute, parameter)
 
 
 def gradients(

@@ -648,3 +648,38 @@ def test_a_table_of_embeddings_gives_its_gradient_without_dense_copies(make_lm, 
     torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-5)
     rows = expected.abs().sum(1) > 0
     assert rows.all() if tied else 0 < rows.sum() < len(rows)  # the head reaches every row
+
+
+def test_a_shared_table_is_held_once_and_put_back(make_lm, batch_of):
+    lm = make_lm("llama", tie_word_embeddings=True)
+    selection = select_parameters(lm.model, "backbone")
+    batch = batch_of(lm, ROWS)
+    table = lm.model.get_input_embeddings().weight
+
+    with gradient_stream(lm.model, selection) as stream:
+        head = lm.model.get_output_embeddings().weight
+        assert head is not table  # two gradients, added in place
+        assert head.data_ptr() == table.data_ptr()
+        handed = []
+        for _ in range(2):
+            losses = stream.losses(batch, SIDES)
+            stream.backward_each(losses, lambda side: lambda name, _: handed.append((side, name)))
+
+    assert lm.model.get_output_embeddings().weight is table
+    assert len(handed) == len(set(handed)) * 2 == 2 * len(SIDES) * len(selection.names)
+    assert all(parameter.grad is None for parameter in lm.model.parameters())
+
+
+def test_a_shared_table_is_put_back_after_an_error(make_lm, batch_of):
+    lm = make_lm("llama", tie_word_embeddings=True)
+    selection = select_parameters(lm.model, "backbone")
+    batch = batch_of(lm, ROWS)
+
+    def fail(name, _gradient):
+        raise RuntimeError(name)
+
+    with pytest.raises(RuntimeError), gradient_stream(lm.model, selection) as stream:
+        stream.backward(stream.losses(batch, ["factual"])["factual"], fail)
+
+    assert lm.model.get_output_embeddings().weight is lm.model.get_input_embeddings().weight
+    assert not lm.model.get_input_embeddings().sparse
