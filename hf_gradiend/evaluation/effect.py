@@ -16,7 +16,7 @@ from hf_gradiend.base_models import (
     pad_token_id_of,
     trainability_kept,
 )
-from hf_gradiend.data.collation import TargetBatch, prepare_texts
+from hf_gradiend.data.collation import PreparedTexts, prepare_texts
 from hf_gradiend.data.templates import picture_prompts
 from hf_gradiend.errors import NumericalError
 from hf_gradiend.gradients.objectives import site_log_probabilities
@@ -71,17 +71,14 @@ def measure_effect(
     """  # noqa: DOC502 - DataError is raised by prepare_texts
     rows = [{"text": text, "word": word} for text in texts or picture_prompts()["text"]]
     read = prepare_texts(rows, processing_class, objective_of(base_model), words=("word",))
-    passes = passes_over(
-        base_model, read, pad_token_id=pad_token_id_of(processing_class), batch_size=batch_size
-    )
-    batches = [batch for _, batch in passes]
-    base = _log_probabilities(base_model, batches)
+    pad = pad_token_id_of(processing_class)
+    base = _log_probabilities(base_model, read, pad, batch_size)
     with adapter.applied(base_model):
-        true = _log_probabilities(base_model, batches)
+        true = _log_probabilities(base_model, read, pad, batch_size)
     with trainability_kept(base_model):
         exported = PeftModel.from_pretrained(base_model, export_dir)
         try:
-            export = _log_probabilities(base_model, batches)
+            export = _log_probabilities(base_model, read, pad, batch_size)
         finally:
             exported.unload()
     return effect_of(base, true, export)
@@ -113,7 +110,9 @@ def effect_of(base: Tensor, true: Tensor, export: Tensor) -> EffectReport:
 
 
 @torch.no_grad()
-def _log_probabilities(model: PreTrainedModel, batches: Sequence[TargetBatch]) -> Tensor:
+def _log_probabilities(
+    model: PreTrainedModel, texts: PreparedTexts, pad_token_id: int, batch_size: int
+) -> Tensor:
     with evaluation_mode(model):
-        on_device = (batch.to(model.device) for batch in batches)
-        return torch.cat([site_log_probabilities(model, batch).cpu() for batch in on_device])
+        passes = passes_over(model, texts, pad_token_id=pad_token_id, batch_size=batch_size)
+        return torch.cat([site_log_probabilities(model, batch).cpu() for _, batch in passes])

@@ -113,15 +113,9 @@ class SlotProbe:
         texts = prepare_texts(rows, processing_class, objective, words=("word",))
         self.n_texts = texts.n_rows
         self.rows_read = [text.index for text in texts]
-        self.batches = [
-            ([text.index for text in group], batch)
-            for group, batch in passes_over(
-                base_model,
-                texts,
-                pad_token_id=pad_token_id_of(processing_class),
-                batch_size=batch_size,
-            )
-        ]
+        self.texts = texts
+        self.pad_token_id = pad_token_id_of(processing_class)
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def probabilities(self) -> Tensor:
@@ -135,14 +129,15 @@ class SlotProbe:
         """
         found = torch.full((self.n_texts, len(self.token_ids)), torch.nan)
         with evaluation_mode(self.model):
-            for indices, batch in self.batches:
-                on_device = batch.to(self.model.device)
-                probability = site_log_probabilities(self.model, on_device).exp()
+            for group, batch in passes_over(
+                self.model, self.texts, pad_token_id=self.pad_token_id, batch_size=self.batch_size
+            ):
+                probability = site_log_probabilities(self.model, batch).exp()
                 masses = torch.stack([probability[:, ids].sum(1) for ids in self.token_ids], 1)
-                weighted = masses[on_device.term_sites] * on_device.term_weights[:, None]
+                weighted = masses[batch.term_sites] * batch.term_weights[:, None]
                 sums = masses.new_zeros(batch.n_texts, len(self.token_ids))
-                sums.index_add_(0, on_device.term_outputs, weighted)
-                found[indices] = sums.cpu()
+                sums.index_add_(0, batch.term_outputs, weighted)
+                found[[text.index for text in group]] = sums.cpu()
         read = found[self.rows_read]
         if not bool(torch.isfinite(read).all()):
             raise NumericalError("Expected finite probabilities at the slots, but got NaN.")

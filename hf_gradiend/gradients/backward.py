@@ -136,6 +136,8 @@ class GradientStream:
         gradient, parameter.grad = parameter.grad, None
         if self.consume is None or gradient is None:
             return
+        if gradient.is_sparse:  # the rows of a token that occurs twice, in an order of their own
+            gradient = gradient.coalesce()
         if name not in self.shared:
             self.consume(name, _dense(gradient))
             return

@@ -208,7 +208,7 @@ def weights_digest(model: nn.Module, share: Share) -> str:
         # In pieces: the sum of int32 in int64 makes a copy of eight bytes a weight. And as numbers:
         # small tensors among the copies would keep the allocator from giving those back (0.5 GB).
         total = sum(int(piece.sum(dtype=torch.int64)) for piece in bits.split(2**20))
-        sums.append(total * counts)
+        sums.append(((total + 2**63) % 2**64 - 2**63) * counts)  # as int64 would overflow
     every = torch.tensor(sums)
     if share.base_is_sharded:
         share.sum(every)

@@ -27,7 +27,7 @@ from hf_gradiend.gradients.forward import (
     tangent_bytes,
     tangent_groups,
 )
-from hf_gradiend.gradients.packing import passes_over
+from hf_gradiend.gradients.packing import batch_for, groups_for
 from hf_gradiend.modeling_gradiend import GradiendModel
 from hf_gradiend.parameters import ParameterSelection, SelectedParameter
 from hf_gradiend.training.arguments import GradiendTrainingArguments
@@ -36,6 +36,8 @@ from hf_gradiend.training.solvers import TOKENS_PER_PASS, adamw_steps
 from hf_gradiend.training.texts import LabelledTexts, batch_at, one_pass
 from hf_gradiend.training.trainer import GradiendTrainer
 from hf_gradiend.training.update import AdamWSettings, FusedAdamW
+
+Texts = tuple[PreparedText, ...]  # of one pass
 
 # Steps of adamw whose texts are looked at; the others are taken to be like them.
 STEPS_LOOKED_AT = 64
@@ -241,14 +243,14 @@ class _Probe:
             self.on_accelerator,
         )
 
-    def _parts_of_pass(self, texts: LabelledTexts) -> list[TargetBatch]:
+    def _parts_of_pass(self, texts: LabelledTexts) -> list[Texts]:
         batches = one_pass(texts, self.args.per_device_train_batch_size)
         return [part for batch in batches for part in self._parts(batch.texts)]
 
-    def _parts(self, texts: Sequence[PreparedText]) -> list[TargetBatch]:
-        return self._batches(texts, max_tokens=TOKENS_PER_PASS)
+    def _parts(self, texts: Texts) -> list[Texts]:
+        return groups_for(self.model, texts, max_tokens=TOKENS_PER_PASS)
 
-    def _steps(self) -> tuple[int, list[list[TargetBatch]]]:
+    def _steps(self) -> tuple[int, list[list[Texts]]]:
         """Number of steps, and the parts of each of them or of some, evenly spread."""
         args, texts = self.args, self.trainer.train_texts
         size = args.per_device_train_batch_size
@@ -268,7 +270,7 @@ class _Probe:
         neutral = self.trainer.neutral_texts
         return [calibration.prepared(), *([] if neutral is None else [neutral])]
 
-    def _pruning(self, parts: Sequence[TargetBatch]) -> Phase:
+    def _pruning(self, parts: Sequence[Texts]) -> Phase:
         some = _three(parts)
         groups = pruning_groups(self.dense)
         seconds, most = self._seconds_of_choice(), 0
@@ -281,9 +283,7 @@ class _Probe:
         candidates = 2 * 8 * self.selection.n_selected  # two lists of them: scores and places
         return Phase("pruning", seconds, candidates, sums + most)
 
-    def _gradients(
-        self, parts: Sequence[TargetBatch]
-    ) -> tuple[Callable[[TargetBatch], float], int]:
+    def _gradients(self, parts: Sequence[Texts]) -> tuple[Callable[[Texts], float], int]:
         """Seconds of a part by its size, and the working memory."""
         some = _three(parts)
         with self._passes(self.selection, self.sides) as run:
@@ -318,7 +318,7 @@ class _Probe:
         self, texts: Sequence[PreparedTexts]
     ) -> tuple[Callable[[PreparedTexts], float], int]:
         """Seconds of encoding texts, and the working memory without the tangents."""
-        some = _three([batch for part in texts for batch in self._read_batches(part)])
+        some = _three([group for part in texts for group in self._read_groups(part)])
         parameters = self.selection.parameters(self.model)
         own_names = self.selection.names_in(self.model)
         # The weights are a direction, too, of the right types and shapes and without a copy.
@@ -332,26 +332,23 @@ class _Probe:
                 directional_derivatives(self.model, batch, tangents).sum().item()
 
         seconds, working = self._measured(some, run)
-        return lambda texts: sum(map(seconds, self._read_batches(texts))), working
+        return lambda texts: sum(map(seconds, self._read_groups(texts))), working
 
     def _measured(
-        self, some: Sequence[TargetBatch], run: Callable[[TargetBatch], object]
-    ) -> tuple[Callable[[TargetBatch], float], int]:
+        self, some: Sequence[Texts], run: Callable[[TargetBatch], object]
+    ) -> tuple[Callable[[Texts], float], int]:
         """Seconds of any batch, between those of three, and the working memory of the largest."""
-        run(some[0])  # the first run of a kind is slower
+        batches = [batch_for(self.model, texts, self.pad_token_id) for texts in some]
+        run(batches[0])  # the first run of a kind is slower
         taken: list[float] = []
         most = self.memory.most(
-            lambda: taken.extend(_seconds(lambda batch=batch: run(batch)) for batch in some)
+            lambda: taken.extend(_seconds(lambda batch=batch: run(batch)) for batch in batches)
         )
-        sizes = [_n_tokens(batch) for batch in some]
-        return lambda batch: _between(_n_tokens(batch), sizes, taken), max(0, most - self.before)
+        sizes = [_n_tokens(texts) for texts in some]
+        return lambda texts: _between(_n_tokens(texts), sizes, taken), max(0, most - self.before)
 
-    def _read_batches(self, texts: PreparedTexts) -> list[TargetBatch]:
-        return self._batches(texts, batch_size=self.args.per_device_eval_batch_size)
-
-    def _batches(self, texts: Sequence[PreparedText], **sizes: int) -> list[TargetBatch]:
-        passes = passes_over(self.model, texts, pad_token_id=self.pad_token_id, **sizes)
-        return [batch for _, batch in passes]
+    def _read_groups(self, texts: PreparedTexts) -> list[Texts]:
+        return groups_for(self.model, texts, batch_size=self.args.per_device_eval_batch_size)
 
     def _tangent_groups(self) -> list[ParameterSelection]:
         values = dict.fromkeys(self.selection.names, torch.empty(0))
@@ -456,13 +453,13 @@ def _evenly_kept(selection: ParameterSelection, fraction: float) -> ParameterSel
     return ParameterSelection(tuple(entries))
 
 
-def _n_tokens(batch: TargetBatch) -> int:
-    return batch.input_ids.numel()
+def _n_tokens(texts: Texts) -> int:
+    return sum(text.length for text in texts)
 
 
-def _three(batches: Sequence[TargetBatch]) -> list[TargetBatch]:
+def _three(groups: Sequence[Texts]) -> list[Texts]:
     """The smallest, a middle and the largest."""
-    ordered = sorted(batches, key=_n_tokens)
+    ordered = sorted(groups, key=_n_tokens)
     return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
 
 

@@ -491,18 +491,19 @@ class GradiendTrainer:
                 f"resume_from_checkpoint."
             )
         before, best = state.best_model_checkpoint, best_beside(path, state.best_model_checkpoint)
-        why = "is gone"
-        if state.evaluated_on != self.state.evaluated_on:  # their correlations do not compare
+        why, keeps_best = "is gone", self.args.load_best_model_at_end
+        compares = state.evaluated_on == self.state.evaluated_on
+        if not compares:
             best, why = None, "was chosen on other evaluation texts"
-        if not self.args.load_best_model_at_end:
-            best = None
-        elif best is None and before is not None:
+        if keeps_best and best is None and before is not None:
             logger.warning(
                 "The best checkpoint until step %d, %s, %s: it takes no part in the choice.",
                 state.global_step, before, why,
             )  # fmt: skip
-        if best is None:  # of the steps from here on
+        if not compares or (keeps_best and best is None):  # the best of the steps from here on
             state.best_metric = state.best_global_step = None
+        if not keeps_best:
+            best = None
         state.best_model_checkpoint = None if best is None else str(best)
         self._begin(state, solver)
 

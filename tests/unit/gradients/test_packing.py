@@ -48,6 +48,19 @@ OTHERS = {
     "mamba": lambda: hf.MambaForCausalLM(
         hf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, pad_token_id=1)
     ),
+    "gemma3_with_pictures": lambda: hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(  # whose text model alone has a vocabulary
+            text_config={**SIZES, "num_key_value_heads": 1, "head_dim": 8},
+            vision_config={
+                **SIZES, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+        )
+    ),
+    "bigbird": lambda: hf.BigBirdForMaskedLM(hf.BigBirdConfig(**SIZES)),
+    "recurrent_gemma": lambda: hf.RecurrentGemmaForCausalLM(
+        hf.RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3}, num_key_value_heads=1)
+    ),
     "qwen3_next": lambda: hf.Qwen3NextForCausalLM(  # three recurrent layers of four
         hf.Qwen3NextConfig(
             **{**SIZES, "num_hidden_layers": 4}, num_key_value_heads=2, head_dim=8,
@@ -65,20 +78,12 @@ def prepared(lm, texts=TEXTS):
 
 
 def of_lengths(*lengths):
-    """Texts of some tokens, whose last one is read."""
+    """Texts of some tokens, with two words read at the last one."""
     generator = torch.Generator().manual_seed(0)
+    inputs = [tuple(torch.randint(5, 60, (n,), generator=generator).tolist()) for n in lengths]
     return [
-        PreparedText(
-            k,
-            (
-                WordReading(
-                    tuple(torch.randint(5, 60, (n,), generator=generator).tolist()),
-                    ((n - 1, 7),),
-                    1.0,
-                ),
-            ),
-        )
-        for k, n in enumerate(lengths)
+        PreparedText(k, tuple(WordReading(ids, ((len(ids) - 1, word),), 1.0) for word in (7, 8)))
+        for k, ids in enumerate(inputs)
     ]
 
 
@@ -131,7 +136,10 @@ def test_gradients_and_encodings_of_packed_texts_are_those_of_padded_ones(make_l
     [
         ("opt", Packing(0, "causal")),
         ("falcon", Packing(0, "causal")),
+        ("gemma3_with_pictures", Packing(0, None)),
+        ("bigbird", None),
         ("mamba", None),
+        ("recurrent_gemma", None),
         ("qwen3_next", None),
     ],
 )
@@ -143,10 +151,31 @@ def test_models_that_cannot_tell_texts_apart_are_told_or_given_padded_ones(name,
     padded, packed = collate(texts, 1), batch_for(model, texts, 1)
     with torch.no_grad():
         values = [target_log_probabilities(model, batch) for batch in (padded, packed)]
+    selection = select_parameters(model, "layers")
+    sums = [gradients(model, b, selection, ["factual"])["factual"] for b in (padded, packed)]
 
     assert packing_of(model) == expected
     assert (packed.position_ids is None) == (expected is None)
     torch.testing.assert_close(values[1], values[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sums[1], sums[0], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_faint_leak_is_found_in_any_precision(dtype):
+    torch.manual_seed(0)
+    model = OTHERS["recurrent_gemma"]().eval().to(dtype)  # its convolution runs on into the next
+
+    assert packing_of(model) is None
+
+
+def test_what_ends_a_vocabulary_may_be_empty():
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, initializer_range=0.2)).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[40:] = 0.0
+    model.config.pad_token_id = -1
+
+    assert packing_of(model) == Packing(0, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -204,7 +233,9 @@ def test_a_causal_mask_hides_what_comes_later():
     ]
 
 
-def test_texts_that_cannot_be_joined_stay_as_they_are():
+def test_texts_that_are_not_to_be_joined_stay_as_they_are():
+    alike = collate(of_lengths(9, 9, 9), 0)  # nothing is padded as it is
+    assert pack(alike, Packing(0, None), 0) is alike
     batch = collate(of_lengths(9, 8), 0)
     assert pack(batch, Packing(0, None), 0, longest_row=12) is batch
     alone = collate(of_lengths(9), 0)

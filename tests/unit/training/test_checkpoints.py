@@ -168,3 +168,15 @@ def test_a_sharded_gradiend_is_written_as_save_pretrained_writes_it(
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
     assert float(expected["encoder.bias"]) != 0.0  # the control: they are not all zeros
+
+
+def test_the_digest_of_weights_holds_sums_beyond_64_bits():
+    weights = torch.rand(2**21 + 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.ParameterList([weights])
+    other = torch.nn.ParameterList([weights.clone()])
+    assert int(weights.view(torch.int64).double().sum()) > 2**63  # the control
+
+    assert weights_digest(model, Share()) == weights_digest(other, Share())
+    with torch.no_grad():
+        other[0][5] += 1e-12
+    assert weights_digest(model, Share()) != weights_digest(other, Share())

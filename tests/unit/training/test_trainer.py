@@ -492,6 +492,25 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert recorder.events.count("step_begin") == result.global_step - step
 
 
+def test_a_resumed_run_that_keeps_the_last_model_knows_its_best_metric(
+    planted_bert, trainer_of, tmp_path
+):
+    settings = {**BEST_IN_THE_MIDDLE, "load_best_model_at_end": False}
+    whole = trainer_of(planted_bert, output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    best_step = whole.state.best_global_step
+    assert 2 < best_step < 20  # the control: it lies before the interruption, and is not the last
+    settings["output_dir"] = str(tmp_path / "stopped")
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(planted_bert, callbacks=[Stop(best_step + 3)], **settings).train()
+    again = trainer_of(planted_bert, **settings)
+    again.train(resume_from_checkpoint=True)
+
+    assert again.state.best_metric == whole.state.best_metric
+    assert again.state.best_global_step == best_step
+
+
 @pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_evaluate", "on_save"])
 def test_a_step_that_was_interrupted_before_its_evaluation_is_evaluated_on_resuming(
     planted_bert, trainer_of, tmp_path, event
