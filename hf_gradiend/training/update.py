@@ -12,6 +12,8 @@ parameters: x must be held, t need not.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from hf_gradiend.modeling_gradiend import GradiendModel
 # shared cache.
 BLOCK = 2**17
 
+Result = TypeVar("Result")
 Moved = tuple[Tensor, Tensor, Tensor]  # a parameter and its two moments, flat
 
 
@@ -148,7 +151,7 @@ class FusedAdamW:
         for name in self.gradiend.names:
             key, values = f"encoder.weight.{name}", self.source[name].reshape(-1)
             if self.compiled and len(values):
-                _compiled_encoder(self._moved(key), values, self._numbers(values, scale))
+                _compiled(_encoder_update)(self._moved(key), values, self._numbers(values, scale))
             for block in () if self.compiled else _blocks(len(values)):
                 self._adamw({key: values[block] * scale}, block)
         bias = self.gradiend.encoder.bias
@@ -189,7 +192,7 @@ class FusedAdamW:
         """The same, compiled."""
         if not len(target):  # of which this process keeps no rows
             return 0.0, 0.0
-        squared, along = _compiled_decoder(
+        squared, along = _compiled(_decoder_update)(
             self._moved(f"decoder.weight.{name}"),
             self._moved(f"decoder.bias.{name}"),
             target,
@@ -274,5 +277,7 @@ def _encoder_update(weight: Moved, source: Tensor, numbers: Tensor) -> None:
     _adamw_of(weight, source * numbers[6], numbers)
 
 
-_compiled_decoder = torch.compile(_decoder_update, dynamic=True, fullgraph=True)
-_compiled_encoder = torch.compile(_encoder_update, dynamic=True, fullgraph=True)
+@cache
+def _compiled(update: Callable[..., Result]) -> Callable[..., Result]:
+    """One of these two, compiled; when asked for, as the compiler takes 25 MB and half a second."""
+    return torch.compile(update, dynamic=True, fullgraph=True)
