@@ -32,8 +32,8 @@ _OF_CLOSED_FORM = ("calibration_fraction", "accumulator_dtype", "accumulator_dev
 class GradiendTrainingArguments(TrainingArguments):
     """Arguments of `GradiendTrainer`; only what it adds to `transformers.TrainingArguments`.
 
-    `torch_compile` compiles AdamW's update (on two cores 0.17 s instead of 0.28 s for 106 M
-    weights, after some seconds of compiling); it wants a C++ compiler or, on a GPU, Triton.
+    `torch_compile` compiles AdamW's update, which gains a tenth of a second or less for 100 M
+    weights, after some seconds of compiling; it wants a C++ compiler or, on a GPU, Triton.
 
     The defaults of `learning_rate` (1e-5), `weight_decay` (1e-2), `adam_epsilon` (1e-8) and batch
     size (32) are the paper's (section 4, "Training"), without a schedule. An argument of
