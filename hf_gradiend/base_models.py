@@ -210,8 +210,7 @@ def without_cache(model: nn.Module) -> AbstractContextManager[None]:
 def sparse_embeddings(model: nn.Module) -> AbstractContextManager[None]:
     """Make embeddings give sparse gradients: a dense one has the table's size, and is nearly all 0.
 
-    Where the head shares the table, autograd then adds the few rows to the head's gradient in place
-    of holding both and their sum.
+    Where the head shares the table, the few rows can be added to the head's gradient in place.
     """
     embeddings = (
         module

@@ -120,7 +120,6 @@ class GradientStream:
             retain_graph: Keep the graph for another loss of the same forward pass.
         """
         self.consume = consume
-        self.shared = dict.fromkeys(self.shared)
         try:
             loss.backward(retain_graph=retain_graph)
             for name in self.shared:

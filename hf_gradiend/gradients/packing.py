@@ -118,7 +118,7 @@ def pack(
     longest_row: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TargetBatch:
-    """A padded batch with its rows put one after the other into as few rows as they need.
+    """A padded batch with its rows put one after the other, into as many rows as cost least.
 
     Args:
         batch: Padded batch.

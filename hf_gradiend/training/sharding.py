@@ -239,7 +239,8 @@ class SharedStream(GradientStream):
             turns = _Turns(reversed(self.entries), self._summing(consume))
             reached = _reached_by(loss)
             for name, parameter in self.parameters.items():
-                if id(parameter) not in reached:
+                # A shared one may be reached by the parameter that stands for it elsewhere.
+                if id(parameter) not in reached and name not in self.shared:
                     turns.put(name, None)
             super().backward(loss, turns.put, retain_graph=retain_graph)
             turns.finish()
